@@ -1,0 +1,92 @@
+"""The contract of every sweep backend.
+
+Index legend (used in all files of this folder):
+
+======  =====================================================================================
+``g``   problems of one layer (groups of a convolution); each has its own ``H``
+``R``   rows (output channels) of one problem
+``d``   columns (inputs) of one problem
+``T``   elimination steps recorded, ``T <= d``
+======  =====================================================================================
+
+A sweep fixes one weight of every row at a time: at 0 when pruning, at its nearest grid point when quantizing. Fixing
+``p`` at ``q`` costs ``z²/2`` with ``z = (w_p - q)/√G_pp``, moves the others by ``w -= z v`` with ``v = G[:, p]/√G_pp``,
+and leaves ``G -= v vᵀ`` (paper, equations 3, 4 and lemma 1). All backends see ``G``, the inverse of the damped Hessian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SweepInput:
+    """One layer's elimination problem.
+
+    Attributes:
+        weight: ``[g, R, d]`` float32 or float64, the precision of the sweep.
+        inverse: ``[g, d, d]`` same dtype: ``G``, symmetric, from a float64 factorisation, shared by the rows of a problem.
+        hessian: ``[g, d, d]`` float64: the *damped* ``H``, for refreshes in mid-sweep (``G_UU = H_UU⁻¹``).
+        keep: ``[g, R, d]`` bool or None. Where False the weight is already zero: those columns are eliminated
+            before anything else, at the target 0, in ascending column order, and stay zero.
+    """
+
+    weight: Tensor
+    inverse: Tensor
+    hessian: Tensor
+    keep: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class NMGroups:
+    """Groups of columns in which only so many weights may be fixed at zero.
+
+    Attributes:
+        column_group: ``[d]`` int64, group of every column.
+        quota: ``[G]`` int64, zeros to make in every group; zeros of ``keep`` count. A group closes when it has them:
+            its other columns leave the candidates but stay free to move.
+    """
+
+    column_group: Tensor
+    quota: Tensor
+
+
+@dataclass(frozen=True)
+class GridInput:
+    """Grid of a quantization sweep, already spread over the columns.
+
+    Attributes:
+        scale: ``[g, R, d]`` dtype of the weight.
+        zero_point: ``[g, R, d]`` dtype of the weight, integer valued.
+        max_code: Largest code.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    max_code: int
+
+
+@dataclass(frozen=True)
+class SweepOutput:
+    """Elimination order and losses; no intermediate weights.
+
+    Attributes:
+        order: ``[g, R, T]`` int32, column (or block) eliminated at each step; -1 after a row has ended.
+        losses: ``[g, R, T]`` dtype of the weight, ``z²/2`` of each step (0 after a row has ended).
+        count: ``[g, R]`` int32, steps each row made.
+        broken: ``[g, R]`` bool, True where a pivot was not finite or not positive and the row stopped.
+        codes: ``[g, R, d]`` uint8 of a quantization sweep, else None. Columns of ``keep=False`` carry the zero point.
+    """
+
+    order: Tensor
+    losses: Tensor
+    count: Tensor
+    broken: Tensor
+    codes: Tensor | None = None
+
+    @property
+    def any_broken(self) -> bool:
+        return bool(torch.any(self.broken))

@@ -1,0 +1,79 @@
+"""What the engine returns: frozen results that carry their own loss and status."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lightning_obc.grids import Grid
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a layer was solved.
+
+    Attributes:
+        backend: The backend that ran the sweep.
+        damping: Share of ``mean(diag H)`` that was finally added to the diagonal.
+        dead: Number of columns whose calibration inputs are exactly zero.
+        notes: Everything out of the ordinary, in order: retries, raised damping, pattern padding.
+    """
+
+    backend: str = ""
+    damping: float = 0.0
+    dead: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing out of the ordinary happened."""
+        return not self.notes
+
+    def __str__(self) -> str:
+        return "ok" if self.ok else "; ".join(self.notes)
+
+
+@dataclass(frozen=True)
+class LayerSolution:
+    """Compressed weights of one layer problem.
+
+    ``loss`` is ``½ Σ_r Δw_r H Δw_rᵀ`` in float64 with the undamped ``H``: the squared output error of the layer,
+    per calibration sample. It is relative to the weight that was passed in.
+
+    Attributes:
+        weight: ``[R, d]`` or ``[g, R, d]``, dtype and device of the input weight; zeros are ``+0.0``.
+        mask: Same shape, bool, True = kept.
+        loss: Squared output error per sample.
+        damping_loss: ``½ λ̄ ‖ΔW‖²``, what the damping adds to the objective that was minimised.
+        reference: ``½ Σ_r w_r H w_rᵀ`` of the weight that was passed in; ``loss / reference`` is the relative error.
+        status: How it was solved.
+        grid: Scale and zero point of a quantized solution, otherwise None.
+        codes: uint8 codes, same shape as ``weight``, of a quantized solution.
+    """
+
+    weight: Tensor
+    mask: Tensor
+    loss: float
+    damping_loss: float
+    reference: float
+    status: Status = field(default_factory=Status)
+    grid: Grid | None = None
+    codes: Tensor | None = None
+
+    @property
+    def scale(self) -> Tensor | None:
+        return None if self.grid is None else self.grid.scale
+
+    @property
+    def zero_point(self) -> Tensor | None:
+        return None if self.grid is None else self.grid.zero_point
+
+    @property
+    def relative_error(self) -> float:
+        """``loss / reference``; 0 when both are 0."""
+        return 0.0 if self.loss == 0 else self.loss / max(self.reference, 1e-300)
+
+    @property
+    def sparsity(self) -> float:
+        return 1.0 - self.mask.double().mean().item()
