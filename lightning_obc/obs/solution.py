@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,12 +17,14 @@ class Status:
         backend: The backend that ran the sweep.
         damping: Share of ``mean(diag H)`` that was finally added to the diagonal.
         dead: Number of columns whose calibration inputs are exactly zero.
+        held_out: Relative error on the samples that did not take part, where ``damping="auto"`` measured it.
         notes: Everything out of the ordinary, in order: retries, raised damping, pattern padding.
     """
 
     backend: str = ""
     damping: float = 0.0
     dead: int = 0
+    held_out: float | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,3 +79,7 @@ class LayerSolution:
     @property
     def sparsity(self) -> float:
         return 1.0 - self.mask.double().mean().item()
+
+    def with_held_out(self, held_out: float | None) -> LayerSolution:
+        """The same solution with a held-out relative error on record."""
+        return replace(self, status=replace(self.status, held_out=held_out))

@@ -1,0 +1,153 @@
+"""Prepare one layer problem once: checks, damping, inverse.
+
+Index legend: ``g`` problems of a layer (groups of a convolution), ``R`` rows, ``d`` columns. ``H = 2 X Xᵀ / n``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_obc import linalg
+from lightning_obc.errors import NonFiniteError, ShapeError
+from lightning_obc.hessian import Hessian
+from lightning_obc.kernels.obs_sweep import SweepInput
+from lightning_obc.obs.solution import LayerSolution, Status
+
+HessianLike = Tensor | Hessian
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prepared layer problem.
+
+    Attributes:
+        original: The weight as it was passed in, ``[R, d]`` or ``[g, R, d]``, any floating dtype.
+        weight: ``[g, R, d]`` float32 or float64, the precision of the sweep.
+        hessian: ``[g, d, d]`` float64, undamped.
+        damped: ``[g, d, d]`` float64, ``H + λ̄ I``.
+        inverse: ``[g, d, d]`` float64, ``G``, its inverse.
+        lam_bar: ``[g]`` float64, ``λ̄``, what was added to the diagonal.
+        damping: The share of ``mean(diag H)`` that was finally used.
+        dead: ``[g, d]`` bool, columns whose calibration inputs are exactly zero.
+        notes: Everything out of the ordinary so far.
+    """
+
+    original: Tensor
+    weight: Tensor
+    hessian: Tensor
+    damped: Tensor
+    inverse: Tensor
+    lam_bar: Tensor
+    damping: float
+    dead: Tensor
+    notes: tuple[str, ...] = ()
+
+    def sweep_input(self, keep: Tensor | None = None) -> SweepInput:
+        return SweepInput(self.weight, self.inverse.to(self.weight.dtype), self.damped, keep)
+
+    def with_dtype(self, dtype: torch.dtype) -> Problem:
+        """The same problem swept in another precision."""
+        return replace(self, weight=self.original_batched().to(dtype))
+
+    def original_batched(self) -> Tensor:
+        return self.original if self.original.dim() == 3 else self.original[None]
+
+    def shaped(self, tensor: Tensor) -> Tensor:
+        """Drop the batch dimension again if the weight came without one."""
+        return tensor if self.original.dim() == 3 else tensor[0]
+
+    def error(self, weight: Tensor) -> tuple[float, float]:
+        """Undamped loss ``½ Σ Δw H Δwᵀ`` and damping loss ``½ λ̄ ‖ΔW‖²`` of ``weight [g, R, d]``, in float64."""
+        delta = weight.double() - self.original_batched().double()
+        return quadratic(delta, self.hessian), float((self.lam_bar[:, None, None] * delta.square()).sum() / 2)
+
+    def solution(self, weight: Tensor, mask: Tensor, status: Status, **quantized: object) -> LayerSolution:
+        """Wrap final weights ``[g, R, d]``: cast to the original dtype, then measure exactly what is returned."""
+        final = weight.to(self.original.dtype) + 0.0
+        loss, damping_loss = self.error(final)
+        reference = quadratic(self.original_batched().double(), self.hessian)
+        return LayerSolution(
+            weight=self.shaped(final),
+            mask=self.shaped(mask),
+            loss=loss,
+            damping_loss=damping_loss,
+            reference=reference,
+            status=status,
+            **quantized,  # type: ignore[arg-type]
+        )
+
+    def status(self, backend: str, *notes: str) -> Status:
+        return Status(backend, self.damping, int(self.dead.sum()), notes=self.notes + notes)
+
+
+def quadratic(delta: Tensor, hessian: Tensor) -> float:
+    """``½ Σ_r δ_r H δ_rᵀ`` over ``[g, R, d]`` rows, in float64."""
+    return max(0.0, float(((delta @ hessian) * delta).sum() / 2))
+
+
+def full_hessian(hessian: HessianLike) -> Tensor:
+    """The Hessian over all samples as a float64 tensor ``[g, d, d]`` or ``[d, d]``."""
+    return hessian.full() if isinstance(hessian, Hessian) else hessian.double()
+
+
+def prepare(weight: Tensor, hessian: HessianLike, damping: float = 0.01) -> Problem:
+    """Check a layer problem and invert its damped Hessian.
+
+    Args:
+        weight: ``[R, d]`` or ``[g, R, d]``, floating point; float16 and bfloat16 are swept in float32.
+        hessian: ``[d, d]``, ``[g, d, d]`` or a :class:`~lightning_obc.hessian.Hessian`; moved to the weight's device.
+        damping: Share of ``mean(diag H)`` added to the diagonal.
+
+    Raises:
+        ShapeError: Shapes or dtypes do not belong together.
+        NonFiniteError: NaN or Inf in the weight or the Hessian.
+        NotPositiveDefiniteError: No bounded damping makes ``H`` positive definite.
+    """
+    _check_weight(weight)
+    batched = weight if weight.dim() == 3 else weight[None]
+    full = full_hessian(hessian).to(weight.device)
+    full = full if full.dim() == 3 else full[None]
+    _check_hessian(full, batched)
+    dead = linalg.dead_columns(full)
+    inverse = linalg.safe_inverse(full, damping)
+    return Problem(
+        original=weight,
+        weight=(batched if weight.dtype == torch.float64 else batched.float()).contiguous(),
+        hessian=full,
+        damped=inverse.damped_hessian,
+        inverse=inverse.inverse,
+        lam_bar=inverse.lam_bar,
+        damping=inverse.damping,
+        dead=dead,
+        notes=inverse.notes,
+    )
+
+
+def _check_weight(weight: Tensor) -> None:
+    if weight.dim() not in (2, 3) or 0 in weight.shape:
+        raise ShapeError("A weight matrix has the wrong shape", got=tuple(weight.shape), expected="[R, d] or [g, R, d]")
+    if not weight.dtype.is_floating_point:
+        raise ShapeError("A weight matrix is not floating point", got=weight.dtype, expected="a floating dtype")
+    finite = torch.isfinite(weight)
+    if not bool(finite.all()):
+        raise NonFiniteError(
+            "The weight holds NaN or Inf",
+            got=f"{int((~finite).sum())} of {weight.numel()} entries",
+            expected="finite weights",
+            remedy="look for a diverged training run or a damaged checkpoint",
+        )
+
+
+def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
+    expected = (weight.shape[0], weight.shape[2], weight.shape[2])
+    if tuple(hessian.shape) != expected:
+        raise ShapeError("Weight and Hessian do not fit together", got=tuple(hessian.shape), expected=str(expected))
+    if not bool(torch.isfinite(hessian).all()):
+        raise NonFiniteError(
+            "The Hessian holds NaN or Inf",
+            expected="finite calibration statistics",
+            remedy="look for NaN or Inf in the calibration inputs of this layer",
+        )

@@ -1,0 +1,110 @@
+"""Quantize one layer problem (OBQ; paper, section 5): every weight goes to its grid point in OBS order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_obc import linalg
+from lightning_obc.errors import ShapeError
+from lightning_obc.grid_fitting import fit_grid, refit_scale
+from lightning_obc.kernels import obs_sweep
+from lightning_obc.obs.damping import sample_rows
+from lightning_obc.obs.problem import HessianLike, Problem, prepare
+from lightning_obc.obs.prune import check_channels, with_damping
+from lightning_obc.obs.running import run_with_retries
+from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.specs import IntGrid, parse_grid
+
+
+def quantize(
+    weight: Tensor,
+    hessian: HessianLike,
+    grid: IntGrid | int,
+    *,
+    mask: Tensor | None = None,
+    channels: int | None = None,
+    damping: float | str = 0.01,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> LayerSolution:
+    """Round every weight to its grid in OBS order, the others compensating.
+
+    Args:
+        weight: ``[R, d]`` or ``[g, R, d]``.
+        hessian: Undamped ``[d, d]``, ``[g, d, d]``, or the two-half statistic.
+        grid: Bit width or grid; its scales are fitted to the weight first (paper: per channel, before the sweep).
+        mask: Same shape as ``weight``, bool, True = kept. The rest is eliminated first and stays exactly ``+0.0``.
+        channels: Input channels per kernel position; default ``d``. Grid groups never straddle a kernel position.
+        damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
+        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
+        memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
+
+    Returns:
+        A solution with ``codes``, ``scale`` and ``zero_point`` (``[g, R, C]``); ``weight`` is their dequantization.
+
+    Raises:
+        PatternError: The grid's group size does not divide ``channels``.
+        ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
+    """
+    spec = parse_grid(grid)
+    backend = obs_sweep.resolve_backend(backend, weight.device.type)
+    channels = check_channels(weight.shape[-1], channels)
+    if mask is not None and mask.shape != weight.shape:
+        raise ShapeError("Mask and weight differ in shape", got=tuple(mask.shape), expected=str(tuple(weight.shape)))
+
+    def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
+        problem = prepare(rows, half, damping)
+        keep = _rows_of_mask(mask, weight, rows)
+        return quantize_prepared(problem, spec, keep, channels, backend, memory_budget)
+
+    return with_damping(weight, hessian, damping, solve)
+
+
+def _rows_of_mask(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | None:
+    """The mask ``[g, R', d]`` for ``rows``, which may be a sample of the weight's rows."""
+    if mask is None or bool(mask.all()):
+        return None
+    batched = mask if mask.dim() == 3 else mask[None]
+    whole = rows.shape == weight.shape
+    return batched if whole else sample_rows(batched)
+
+
+def quantize_prepared(
+    problem: Problem,
+    spec: IntGrid,
+    keep: Tensor | None,
+    channels: int,
+    backend: str,
+    memory_budget: int | None = None,
+) -> LayerSolution:
+    """:func:`quantize` of a problem that is prepared and checked already; ``backend`` is resolved."""
+    start = _on_mask(problem, keep, memory_budget)
+    grid = fit_grid(start, spec, channels=channels, hessian=problem.damped)
+    columns = start.shape[-1]
+
+    def kernel(problem: Problem) -> obs_sweep.SweepOutput:
+        dtype = problem.weight.dtype
+        swept = obs_sweep.SweepInput(start.to(dtype), problem.inverse.to(dtype), problem.damped, keep)
+        scale, zero = (grid.expand(part, columns).to(dtype).contiguous() for part in (grid.scale, grid.zero_point))
+        table = obs_sweep.GridInput(scale, zero, grid.max_code)
+        return obs_sweep.sweep_quantize(swept, table, backend=backend, memory_budget=memory_budget)
+
+    problem, output = run_with_retries(problem, kernel)
+    assert output.codes is not None
+    if spec.scale == "hessian":
+        grid = refit_scale(grid, output.codes, problem.original_batched(), problem.damped)
+    weight = grid.dequantize(output.codes)
+    mask = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
+    status = problem.status(backend)
+    return problem.solution(weight, mask, status, grid=grid, codes=problem.shaped(output.codes))
+
+
+def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -> Tensor:
+    """The weights to start from: those passed in, refitted exactly if the mask removes any that are not zero yet."""
+    if keep is None or not bool((problem.weight[~keep] != 0).any()):
+        return problem.weight
+    refitted = linalg.masked_refit(
+        problem.damped, problem.original_batched(), keep, inverse=problem.inverse, memory_budget=memory_budget
+    )
+    return refitted.to(problem.weight.dtype)
