@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
 from lightning_obc.errors import SpecError
+from lightning_obc.schedules import At, Gradual, check_at, times
 
 Granularity = Literal["tensor", "channel", "group"]
 RangeSearch = Literal["minmax", "mse", "hessian"]
@@ -230,9 +231,6 @@ class Calibration:
 
 
 # ----------------------------------------------------------------------------------------------- stages
-At = Union[str, dict[str, int]]
-
-
 class Stage(ABC):
     """One step of a compression recipe. Subclasses are frozen dataclasses with at least these fields."""
 
@@ -249,22 +247,27 @@ def _check_damping(damping: Union[str, float]) -> None:
         raise SpecError("damping is not possible", got=damping, expected="a finite number >= 0")
 
 
-def _check_at(at: At) -> None:
-    if isinstance(at, str):
-        if at not in ("train_start", "train_end", "validate"):
-            raise SpecError(
-                "A stage's time cannot be read",
-                got=repr(at),
-                expected='"train_start", "train_end", "validate", {"epoch": k} or {"step": k}',
-            )
-    elif (
-        not isinstance(at, dict)
-        or len(at) != 1
-        or next(iter(at)) not in ("epoch", "step")
-        or not isinstance(next(iter(at.values())), int)
-        or next(iter(at.values())) < 0
-    ):
-        raise SpecError("A stage's time cannot be read", got=at, expected='{"epoch": k} or {"step": k} with k >= 0')
+def _check_schedule(stage: Prune) -> None:
+    if stage.schedule is None:
+        return
+    pattern = stage.parsed
+    if isinstance(pattern, NM):
+        raise SpecError(
+            "An N:M pattern cannot be reached gradually",
+            got=f"{pattern} with {stage.schedule}",
+            expected="an unstructured, block or structured sparsity",
+            remedy="write one stage per pattern, from the milder to the stronger",
+        )
+    if not isinstance(stage.at, dict):
+        raise SpecError(
+            "A gradual stage needs a first epoch or step", got=stage.at, expected='{"epoch": k} or {"step": k}'
+        )
+    if stage.schedule.initial > getattr(pattern, "sparsity", 1.0):
+        raise SpecError(
+            "A gradual stage starts above its final sparsity",
+            got=f"initial={stage.schedule.initial}, final {pattern}",
+            expected="initial <= final",
+        )
 
 
 @dataclass(frozen=True)
@@ -273,13 +276,16 @@ class Prune(Stage):
 
     Args:
         pattern: ``"2:4"``, ``0.5``, or a :class:`Pattern`.
-        at: When the callback runs the stage (ignored by :func:`lightning_obc.compress`).
+        at: When the callback runs the stage (ignored by :func:`lightning_obc.compress`): ``"train_start"``,
+            ``"train_end"``, ``"validate"``, ``{"epoch": k}`` (before epoch ``k``, counted from 0), ``{"step": k}``
+            (after optimizer step ``k``) or a :class:`Plateau`.
         layers: Names, globs or type names of the layers; ``None`` means every supported layer.
         exclude: Names, globs or type names to leave out.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"``.
         selection: How an unstructured pattern spreads its zeros over the rows of a layer.
         misfit: What to do with a layer whose input channels do not divide by the pattern's group.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
+        schedule: Reach the pattern's sparsity in several steps. Needs ``at`` to be an epoch or a step.
     """
 
     pattern: Union[str, float, NM, Pattern]
@@ -290,15 +296,33 @@ class Prune(Stage):
     selection: Selection = "heap"
     misfit: Misfit = "error"
     backend: str = "auto"
+    schedule: Gradual | None = None
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
-        _check_at(self.at)
+        check_at(self.at)
         _check_damping(self.damping)
+        _check_schedule(self)
 
     @property
     def parsed(self) -> Pattern:
         return parse_pattern(self.pattern)
+
+    def steps(self) -> list[Prune]:
+        """The single prunings that this stage means: itself, or one per step of its schedule."""
+        if self.schedule is None:
+            return [self]
+        final, (unit, start) = self.parsed, next(iter(times(self.at)))
+        assert isinstance(final, (Unstructured, Block, Structured))
+        return [
+            replace(
+                self,
+                pattern=final if i == self.schedule.steps - 1 else replace(final, sparsity=sparsity),
+                at={unit: start + i * self.schedule.every},
+                schedule=None,
+            )
+            for i, sparsity in enumerate(self.schedule.sparsities(final.sparsity))
+        ]
 
     def __str__(self) -> str:
         return f"Prune({self.parsed})"
@@ -310,12 +334,14 @@ class Quantize(Stage):
 
     Args:
         grid: Bit width, or an :class:`IntGrid`.
-        at: When the callback runs the stage (ignored by :func:`lightning_obc.compress`).
+        at: When the callback runs the stage, as for :class:`Prune`.
         layers: Names, globs or type names of the layers; ``None`` means every supported layer.
         exclude: Names, globs or type names to leave out.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"``.
         misfit: What to do with a layer whose input channels do not divide by the grid's group size.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
+        after: What training does with the weights once they are quantized: ``"freeze"`` keeps them as they are,
+            ``"train"`` goes on training them with a straight-through estimator, always on their grid.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)
@@ -325,11 +351,14 @@ class Quantize(Stage):
     damping: Union[str, float] = 0.01
     misfit: Misfit = "error"
     backend: str = "auto"
+    after: Literal["freeze", "train"] = "freeze"
 
     def __post_init__(self) -> None:
         parse_grid(self.grid)
-        _check_at(self.at)
+        check_at(self.at)
         _check_damping(self.damping)
+        if self.after not in ("freeze", "train"):
+            raise SpecError("Quantize.after is unknown", got=repr(self.after), expected='"freeze" or "train"')
 
     @property
     def parsed(self) -> IntGrid:
