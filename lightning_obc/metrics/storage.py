@@ -2,9 +2,9 @@
 
 * Dense: 4 bytes (float32) for every parameter, whatever the precision of the training was.
 * A quantized weight: ``bits`` per stored value, plus 4 bytes per scale and ``bits`` per zero point.
-* An N:M weight stores ``n`` values of every group of ``m``; ``ceil(log2(m choose n))`` bits per group say which.
-* A weight with other zeros stores its non-zeros and one bit per weight (or per block) that says where they are;
-  a bitmap that costs more than it saves is left out.
+* An N:M weight stores ``n`` values of every group of ``m``; ``ceil(log2(m choose n))`` bits a group say which.
+* A weight with other zeros stores its non-zeros and one bit per weight (or per block) that says where they
+  are; a bitmap that costs more than it saves is left out.
 * Every other parameter stays dense. Buffers are not counted, on neither side.
 """
 
