@@ -1,0 +1,374 @@
+"""Compress a model without a Trainer: select, check, calibrate, solve, apply, report. In this order, in this file.
+
+model ─► layers ─► calibration (H per layer) ─► OBS engine ─► solutions ─► apply ─► report
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.calibration import calibration_batches, collect_hessians
+from lightning_obc.errors import LayerNotFoundError, NonFiniteError, PatternError, ScheduleError, SpecError
+from lightning_obc.hessian import Hessian
+from lightning_obc.layers import ProblemShape, adapter_for, select_layers, unsupported_layers
+from lightning_obc.obs import LayerSolution, prune, quantize
+from lightning_obc.obs.prune import check_fit
+from lightning_obc.report import CompressionReport, LayerReport, StageReport
+from lightning_obc.report.progress import shown
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+OnFailure = Literal["keep", "raise"]
+Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
+Progress = Callable[[str, float, float], None]
+
+
+class LayerStore(Protocol):
+    """Durable solutions of single layers, so that an interrupted stage goes on where it stopped."""
+
+    def load(self, name: str) -> LayerSolution | None: ...
+
+    def save(self, name: str, solution: LayerSolution) -> None: ...
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a plan: its problem and the float64 memory of its two-half statistic."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    shape: ProblemShape
+
+    @property
+    def hessian_bytes(self) -> int:
+        return 2 * 8 * self.shape.groups * self.shape.columns**2
+
+    @property
+    def sweep_flops(self) -> float:
+        """⅔·R·d³ per problem, the cost of a full elimination."""
+        return 2 / 3 * self.shape.groups * self.shape.rows * float(self.shape.columns) ** 3
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do, found out before anything is calibrated or changed."""
+
+    stage: Stage
+    layers: list[LayerPlan]
+    skipped: dict[str, str]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {layer.name: layer.module for layer in self.layers}
+
+    @property
+    def hessian_bytes(self) -> int:
+        return sum(layer.hessian_bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        from lightning_obc.report import render
+
+        columns = ("layer", "type", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
+        rows = [
+            [
+                layer.name,
+                type(layer.module).__name__,
+                f"{layer.shape.groups} × {layer.shape.rows} × {layer.shape.columns}",
+                f"{layer.hessian_bytes / 2**20:.2f}",
+                f"{layer.sweep_flops / 1e9:.2f}",
+            ]
+            for layer in self.layers
+        ]
+        title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
+        left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
+        return "\n".join([render(title, columns, rows), *left])
+
+
+def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
+    """Select the layers of a stage and check everything that can be checked without data.
+
+    Raises:
+        LayerNotFoundError: A name, glob or type that matches nothing.
+        PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
+        NonFiniteError: NaN or Inf in a weight.
+    """
+    layers: list[LayerPlan] = []
+    skipped: dict[str, str] = {}
+    misfits: dict[str, PatternError] = {}
+    for name, module in select_layers(model, stage.layers, stage.exclude).items():
+        adapter = adapter_for(module)
+        assert adapter is not None
+        shape = adapter.shape(module)
+        try:
+            check_layer(stage, shape)
+        except PatternError as error:
+            misfits[name] = error
+            continue
+        layers.append(LayerPlan(name, module, shape))
+    if misfits and getattr(stage, "misfit", "error") == "error":
+        first = next(iter(misfits.values()))
+        got = "; ".join(f"{name}: {error.got}" for name, error in misfits.items())
+        raise PatternError(first.message, got=got, expected=first.expected, remedy=first.remedy)
+    skipped |= {name: f"{error.message}: {error.got}" for name, error in misfits.items()}
+    if not layers:
+        raise LayerNotFoundError(
+            f"{stage} has no layer to compress",
+            got=f"{len(skipped)} layers, all left out" if skipped else "no layer",
+            expected="at least one layer that the pattern fits",
+            remedy="choose other layers, another pattern or misfit",
+        )
+    _check_weights(layers)
+    return StagePlan(stage, layers, skipped)
+
+
+def _check_weights(layers: Sequence[LayerPlan]) -> None:
+    bad = [layer.name for layer in layers if not bool(torch.isfinite(_matrix(layer.module)).all())]
+    if bad:
+        raise NonFiniteError(
+            "Weights hold NaN or Inf",
+            got=f"layers {', '.join(bad)}",
+            expected="finite weights",
+            remedy="look for a diverged training run or a damaged checkpoint",
+        )
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    adapter = adapter_for(module)
+    assert adapter is not None
+    return adapter.weight_matrix(module)
+
+
+@singledispatch
+def check_layer(stage: Stage, shape: ProblemShape) -> None:
+    """Raise :class:`PatternError` when a stage does not fit a layer. One implementation per stage type."""
+    raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
+
+
+@check_layer.register
+def _check_prune(stage: Prune, shape: ProblemShape) -> None:
+    check_fit(stage.parsed, shape.channels, stage.misfit)
+
+
+@check_layer.register
+def _check_quantize(stage: Quantize, shape: ProblemShape) -> None:
+    size = stage.parsed.group_size
+    if size is not None and shape.channels % size:
+        raise PatternError(
+            f"The grid {stage.parsed} does not fit the layer",
+            got=f"{shape.channels} input channels per group and kernel position, group_size {size}",
+            expected="a group size that divides the input channels",
+            remedy='exclude the layer, use another group_size, or set misfit="skip"',
+        )
+
+
+@singledispatch
+def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
+    """Run the engine on one layer, ``weight [g, R, d]``. One implementation per stage type."""
+    raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
+
+
+@solve_layer.register
+def _solve_prune(stage: Prune, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
+    return prune(
+        weight,
+        hessian,
+        stage.parsed,
+        selection=stage.selection,
+        channels=channels,
+        misfit=stage.misfit,
+        damping=stage.damping,
+        backend=stage.backend,
+    )
+
+
+@solve_layer.register
+def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
+    mask = weight != 0
+    return quantize(
+        weight,
+        hessian,
+        stage.parsed,
+        mask=None if bool(mask.all()) else mask,
+        channels=channels,
+        damping=stage.damping,
+        backend=stage.backend,
+    )
+
+
+def run_stage(
+    model: nn.Module,
+    stage: Stage,
+    collect: Collect,
+    *,
+    on_failure: OnFailure = "keep",
+    progress: Progress | None = None,
+    store: LayerStore | None = None,
+    plan: StagePlan | None = None,
+) -> StageReport:
+    """Compress the layers of one stage in place.
+
+    Args:
+        model: Changed in place; parameters are copied into, never replaced.
+        stage: What to do.
+        collect: Returns the Hessians of the modules it is given; called once, before any weight changes.
+        on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
+        progress: Called as ``progress(description, completed, total)``.
+        store: Where solved layers are kept, to go on after an interruption.
+        plan: The plan of this stage, if it was made already.
+
+    Raises:
+        LayerNotFoundError, PatternError, NonFiniteError, CalibrationError: Before any weight is changed.
+    """
+    started = time.perf_counter()
+    plan = plan_stage(model, stage) if plan is None else plan
+    hessians = collect(plan.modules)
+    _check_hessians(plan, hessians)
+    total = sum(layer.sweep_flops for layer in plan.layers)
+    done = 0.0
+    rows: list[LayerReport] = []
+    solutions: dict[str, LayerSolution] = {}
+    for layer in plan.layers:
+        if progress is not None:
+            progress(f"{stage}: {layer.name}", done, total)
+        row, solution = _run_layer(stage, layer, hessians[layer.name], on_failure, store)
+        rows.append(row)
+        if solution is not None:
+            solutions[layer.name] = solution
+        done += layer.sweep_flops
+    if progress is not None:
+        progress(str(stage), total, total)
+    samples = sum(hessians[plan.layers[0].name].samples)
+    return StageReport(str(stage), rows, plan.skipped, solutions, samples, time.perf_counter() - started)
+
+
+def _check_hessians(plan: StagePlan, hessians: Mapping[str, Hessian]) -> None:
+    bad = [layer.name for layer in plan.layers if not bool(torch.isfinite(hessians[layer.name].halves).all())]
+    if bad:
+        raise NonFiniteError(
+            "Calibration statistics hold NaN or Inf",
+            got=f"layers {', '.join(bad)}",
+            expected="finite activations",
+            remedy="check the calibration data and the model's outputs in evaluation mode",
+        )
+
+
+def _run_layer(
+    stage: Stage, layer: LayerPlan, hessian: Hessian, on_failure: OnFailure, store: LayerStore | None
+) -> tuple[LayerReport, LayerSolution | None]:
+    started = time.perf_counter()
+    adapter = adapter_for(layer.module)
+    assert adapter is not None
+    solution = store.load(layer.name) if store is not None else None
+    try:
+        if solution is None:
+            weight = adapter.weight_matrix(layer.module)
+            solution = solve_layer(stage, weight, hessian, layer.shape.channels)
+            if store is not None:
+                store.save(layer.name, solution)
+        adapter.write_weight_(layer.module, solution.weight)
+    except Exception as error:
+        # One bad layer must not lose the run; what is not an error of the layer (interrupts) still passes.
+        if on_failure == "raise":
+            raise
+        return _report(stage, layer, None, time.perf_counter() - started, f"kept: {error}"), None
+    return _report(stage, layer, solution, time.perf_counter() - started, str(solution.status)), solution
+
+
+def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seconds: float, status: str) -> LayerReport:
+    weight = _matrix(layer.module)
+    bits = weight.element_size() * 8
+    return LayerReport(
+        name=layer.name,
+        type=type(layer.module).__name__,
+        shape=tuple(getattr(layer.module, "weight", weight).shape),
+        stage=str(stage),
+        sparsity=float((weight == 0).double().mean()),
+        bits=bits if solution is None or solution.grid is None else solution.grid.spec.bits,
+        loss=0.0 if solution is None else solution.loss,
+        damping_loss=0.0 if solution is None else solution.damping_loss,
+        relative_error=0.0 if solution is None else solution.relative_error,
+        held_out=None if solution is None else solution.status.held_out,
+        status=status,
+        seconds=seconds,
+        compressed=solution is not None,
+    )
+
+
+def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Refuse recipes whose later stages would destroy what earlier ones made.
+
+    Raises:
+        ScheduleError: No stages, or a layer that is pruned after it was quantized.
+    """
+    if not stages:
+        raise ScheduleError("A recipe has no stages", got="[]", expected="at least one Prune or Quantize")
+    quantized: dict[str, str] = {}
+    for stage in stages:
+        names = set(select_layers(model, stage.layers, stage.exclude))
+        if isinstance(stage, Quantize):
+            quantized |= {name: str(stage) for name in names}
+        elif clash := sorted(names & set(quantized)):
+            raise ScheduleError(
+                f"{stage} comes after a quantization of the same layers",
+                got=", ".join(clash),
+                expected="pruning before quantization, so that weights stay on their grid",
+                remedy="put the Prune stage first",
+            )
+
+
+def compress(
+    model: nn.Module,
+    batches: Any,
+    stages: Sequence[Stage] | Stage,
+    *,
+    calibration: Calibration | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    on_failure: OnFailure = "keep",
+    progress: Progress | bool = False,
+    metrics: Mapping[str, Callable[[nn.Module], float]] | None = None,
+) -> CompressionReport:
+    """Compress a trained model in place, without a Trainer.
+
+    Args:
+        model: Any module; evaluation mode is used for calibration and restored afterwards.
+        batches: A DataLoader, a Dataset, a list of batches or any iterable of batches.
+        stages: One stage or several, run in order; ``at`` is ignored.
+        calibration: How much data to use and how; default ``Calibration()``.
+        forward: ``forward(model, batch)`` runs one batch; by default ``model.calibration_step(batch)`` if there is
+            one, else the model on the batch's inputs.
+        on_failure: ``"keep"`` leaves a layer that cannot be solved dense and says so; ``"raise"`` stops at it.
+        progress: True shows a bar; a callable gets ``(description, completed, total)``.
+        metrics: Named functions of the model, measured before and after.
+
+    Returns:
+        The report; ``report.model`` is ``model``.
+
+    Raises:
+        SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
+            by the stage concerned.
+    """
+    stages = [stages] if isinstance(stages, Stage) else list(stages)
+    spec = calibration or Calibration()
+    check_schedule(model, stages)
+    for stage in stages:
+        plan_stage(model, stage)
+    source = calibration_batches(batches, spec)
+    before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
+    reports = []
+    with shown(progress) as report_progress:
+        for stage in stages:
+
+            def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
+                return collect_hessians(
+                    model, modules, source, forward=forward, rounds=spec.rounds, progress=report_progress
+                )
+
+            reports.append(run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress))
+    figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
+    return CompressionReport(model, reports, unsupported_layers(model), figures)

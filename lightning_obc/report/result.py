@@ -1,0 +1,138 @@
+"""What a compression run returns: one row per layer and stage, plain enough for tables, JSON and logs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_obc.obs.solution import LayerSolution
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer after one stage.
+
+    Attributes:
+        name: Dotted name in the model.
+        type: Class name of the module.
+        shape: Shape of the module's weight.
+        stage: The stage, such as ``"Prune(2:4)"``.
+        sparsity: Fraction of zeros in the weight as it now is.
+        bits: Bit width of the weight; its floating width when it is not quantized.
+        loss: Squared output error per calibration sample, against the weight before this stage.
+        damping_loss: What the damping added to the objective.
+        relative_error: ``loss`` over the squared output of the weight before this stage (without bias), per sample.
+        held_out: Relative error on held-out calibration samples, where it was measured.
+        status: ``"ok"``, or everything out of the ordinary; ``"kept: …"`` for a layer that could not be solved.
+        seconds: Wall time of the solve.
+        compressed: False when the layer keeps the weights it had.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    stage: str
+    sparsity: float
+    bits: int
+    loss: float
+    damping_loss: float
+    relative_error: float
+    held_out: float | None
+    status: str
+    seconds: float
+    compressed: bool
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage of a recipe.
+
+    Attributes:
+        stage: The stage, such as ``"Prune(2:4)"``.
+        layers: One row for each layer the stage was asked to compress.
+        skipped: Layers left as they were on purpose, with the reason.
+        solutions: The engine's solutions by layer name, in matrix layout ``[g, R, d]``.
+        samples: Calibration samples behind the Hessians.
+        seconds: Wall time of the stage, calibration included.
+    """
+
+    stage: str
+    layers: list[LayerReport]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    solutions: Mapping[str, LayerSolution] = field(default_factory=dict, repr=False)
+    samples: int = 0
+    seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """Summed squared output error per sample over all compressed layers."""
+        return sum(layer.loss for layer in self.layers if layer.compressed)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Layers that could not be solved and keep their weights, with the reason."""
+        return {layer.name: layer.status for layer in self.layers if not layer.compressed}
+
+    def table(self) -> str:
+        from lightning_obc.report.tables import stage_table
+
+        return stage_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        rows = [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers]
+        return {
+            "stage": self.stage,
+            "layers": rows,
+            "skipped": dict(self.skipped),
+            "samples": self.samples,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """A whole run.
+
+    Attributes:
+        model: The compressed model (the one that was passed in, changed in place).
+        stages: One report per stage, in order.
+        left_dense: Weight-carrying modules that no stage could handle, with the reason.
+        figures: Named figures of the dense and the compressed model: ``{"accuracy": (dense, compressed)}``.
+    """
+
+    model: nn.Module = field(repr=False)
+    stages: list[StageReport]
+    left_dense: Mapping[str, str] = field(default_factory=dict)
+    figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def solutions(self) -> dict[str, LayerSolution]:
+        """The last solution of every layer."""
+        return {name: solution for stage in self.stages for name, solution in stage.solutions.items()}
+
+    @property
+    def layers(self) -> dict[str, LayerReport]:
+        """The last row of every layer that was compressed, and the only row of one that was not."""
+        rows: dict[str, LayerReport] = {}
+        for stage in self.stages:
+            for layer in stage.layers:
+                if layer.compressed or layer.name not in rows:
+                    rows[layer.name] = layer
+        return rows
+
+    def table(self) -> str:
+        from lightning_obc.report.tables import report_table
+
+        return report_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {
+            "stages": [stage.to_dict() for stage in self.stages],
+            "left_dense": dict(self.left_dense),
+            "figures": {name: list(pair) for name, pair in self.figures.items()},
+        }

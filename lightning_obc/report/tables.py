@@ -1,0 +1,77 @@
+"""Reports as text. Rich draws the tables where it is installed; otherwise they come as plain Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning_obc.report.result import CompressionReport, LayerReport, StageReport
+
+COLUMNS = ("layer", "type", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+
+
+def layer_cells(layer: LayerReport) -> list[str]:
+    """One row of the per-layer table."""
+    return [
+        layer.name,
+        layer.type,
+        "×".join(map(str, layer.shape)),
+        f"{100 * layer.sparsity:.1f}",
+        str(layer.bits),
+        f"{layer.loss:.4g}",
+        f"{100 * layer.relative_error:.3f}",
+        f"{layer.seconds:.2f}",
+        layer.status,
+    ]
+
+
+def stage_table(stage: StageReport) -> str:
+    """Per-layer table of one stage with its totals, and what was skipped or failed."""
+    rows = [layer_cells(layer) for layer in stage.layers]
+    title = f"{stage.stage}: {len(stage.layers)} layers, {stage.samples} calibration samples, {stage.seconds:.1f} s"
+    note = f"loss: squared output error per sample, against the weights before this stage; sum {stage.loss:.4g}"
+    left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
+    return "\n".join([render(title, COLUMNS, rows), note, *left])
+
+
+def report_table(report: CompressionReport) -> str:
+    """Every stage, then dense against compressed figures."""
+    parts = [stage_table(stage) for stage in report.stages]
+    if report.figures:
+        rows = [
+            [name, f"{dense:.4f}", f"{small:.4f}", f"{small - dense:+.4f}"]
+            for name, (dense, small) in report.figures.items()
+        ]
+        parts.append(render("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
+    parts += [f"not compressible: {name} ({reason})" for name, reason in report.left_dense.items()]
+    return "\n\n".join(parts)
+
+
+def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table as text: drawn by Rich when it is installed, otherwise Markdown."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return markdown(title, columns, rows)
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Wide enough for every cell: a table in a log file must not depend on the terminal it was started from.
+    widths = [max(len(str(cell)) for cell in cells) for cells in zip(columns, *rows, strict=True)]
+    console = Console(width=max(len(title), sum(widths) + 3 * len(widths) + 1), color_system=None, record=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip("\n")
+
+
+def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table under a bold title, columns padded so that it reads well as plain text."""
+    cells = [list(columns), *(list(row) for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join([f"**{title}**", "", *lines])
