@@ -1,0 +1,141 @@
+"""Damping, safe inverses and refits on a mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lightning_obc.errors import NonFiniteError, NotPositiveDefiniteError, ShapeError
+from lightning_obc.linalg import damped, dead_columns, masked_refit, resolve_budget, safe_inverse
+
+
+def hessian(groups: int, columns: int, samples: int, seed: int = 0) -> torch.Tensor:
+    x = torch.randn(groups, columns, samples, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 2 * x @ x.mT / samples
+
+
+def test_damping_adds_a_share_of_the_mean_diagonal_and_leaves_the_input_alone() -> None:
+    h = hessian(3, 5, 20)
+    before = h.clone()
+    result, lam_bar = damped(h, 0.1)
+    torch.testing.assert_close(lam_bar, 0.1 * h.diagonal(dim1=1, dim2=2).mean(1))
+    torch.testing.assert_close(result - h, lam_bar[:, None, None] * torch.eye(5, dtype=h.dtype).expand(3, 5, 5))
+    assert torch.equal(h, before)
+
+
+def test_inverse_inverts_and_is_symmetric() -> None:
+    result = safe_inverse(hessian(4, 17, 60), 1e-2)
+    eye = torch.eye(17, dtype=torch.float64).expand(4, 17, 17)
+    torch.testing.assert_close(result.inverse @ result.damped_hessian, eye, atol=1e-10, rtol=0)
+    assert torch.equal(result.inverse, result.inverse.mT)
+    assert result.notes == ()
+    assert result.damping.tolist() == [0.01] * 4
+
+
+def test_only_the_failing_problem_is_retried_and_recorded() -> None:
+    h = hessian(2, 12, 40)
+    h[1] = hessian(1, 12, 3)[0]
+    result = safe_inverse(h, 0.0)
+    assert result.damping[0] == 0
+    assert result.damping[1] == pytest.approx(1e-6)
+    assert len(result.notes) == 1
+    assert "problem 1" in result.notes[0]
+    eye = torch.eye(12, dtype=torch.float64).expand(2, 12, 12)
+    torch.testing.assert_close(result.inverse @ result.damped_hessian, eye, atol=1e-7, rtol=0)
+
+
+def test_dead_columns_are_found_before_damping_and_couple_with_nothing() -> None:
+    h = hessian(2, 6, 30)
+    h[0, 2, :] = 0
+    h[0, :, 2] = 0
+    assert dead_columns(h).nonzero().tolist() == [[0, 2]]
+    for damping in (0.0, 0.01):
+        result = safe_inverse(h, damping)
+        alive = [0, 1, 3, 4, 5]
+        assert torch.equal(result.inverse[0, 2, alive], torch.zeros(5, dtype=h.dtype))
+        expected = torch.linalg.inv(result.damped_hessian[0][alive][:, alive])
+        torch.testing.assert_close(result.inverse[0][alive][:, alive], expected)
+        assert result.notes == ()
+
+
+def test_all_columns_dead_gives_the_unit_matrix() -> None:
+    for damping in (0.0, 0.01):
+        result = safe_inverse(torch.zeros(1, 3, 3, dtype=torch.float64), damping)
+        assert torch.equal(result.inverse[0], torch.eye(3, dtype=torch.float64))
+
+
+def test_indefinite_matrix_raises_after_bounded_retries() -> None:
+    h = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))[None]
+    with pytest.raises(NotPositiveDefiniteError, match="Remedy: raise damping"):
+        safe_inverse(h, 1e-4, retries=2)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_hessian_is_named(value: float) -> None:
+    h = hessian(2, 4, 10)
+    h[1, 0, 3] = value
+    with pytest.raises(NonFiniteError, match=r"problems \[1\]"):
+        safe_inverse(h, 0.01)
+
+
+def test_wrong_type_is_named() -> None:
+    with pytest.raises(ShapeError, match="float64"):
+        safe_inverse(hessian(1, 4, 10).float(), 0.01)
+
+
+def dense_refit(h: torch.Tensor, dense: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Row by row from the textbook formula."""
+    out = torch.zeros_like(dense, dtype=torch.float64)
+    for g in range(dense.shape[0]):
+        for r in range(dense.shape[1]):
+            kept = mask[g, r].nonzero().flatten()
+            right = (h[g] @ dense[g, r].double())[kept]
+            out[g, r, kept] = torch.linalg.solve(h[g][kept][:, kept], right)
+    return out
+
+
+@pytest.mark.parametrize("with_inverse", [False, True])
+@pytest.mark.parametrize("budget", [None, 1])
+@pytest.mark.parametrize(("groups", "rows", "columns"), [(1, 7, 20), (3, 4, 9), (40, 1, 9), (1, 1, 1)])
+def test_refit_equals_the_row_by_row_solve(
+    groups: int, rows: int, columns: int, budget: int | None, with_inverse: bool
+) -> None:
+    result = safe_inverse(hessian(groups, columns, 3 * columns), 1e-2)
+    generator = torch.Generator().manual_seed(1)
+    dense = torch.randn(groups, rows, columns, generator=generator)
+    mask = torch.rand(groups, rows, columns, generator=generator) < torch.rand(groups, rows, 1, generator=generator)
+    mask[0, 0] = True
+    mask[-1, -1] = False
+    inverse = result.inverse if with_inverse else None
+    got = masked_refit(result.damped_hessian, dense, mask, inverse=inverse, memory_budget=budget)
+    torch.testing.assert_close(got, dense_refit(result.damped_hessian, dense, mask), rtol=1e-9, atol=1e-11)
+    pruned = got[~mask]
+    assert torch.equal(pruned, torch.zeros_like(pruned))
+    assert not torch.signbit(pruned).any()
+    if groups * rows > 1:
+        assert torch.equal(got[0, 0], dense[0, 0].double())
+
+
+def test_refit_is_not_worse_than_any_perturbation() -> None:
+    result = safe_inverse(hessian(1, 15, 40), 1e-2)
+    h = result.damped_hessian[0]
+    dense = torch.randn(1, 3, 15, dtype=torch.float64)
+    mask = torch.rand(1, 3, 15) < 0.5
+    best = masked_refit(result.damped_hessian, dense, mask)
+    step = (best - dense)[0]
+    loss = (step @ h * step).sum()
+    for _ in range(20):
+        other = step + 1e-3 * torch.randn_like(step) * mask[0]
+        assert (other @ h * other).sum() >= loss
+
+
+def test_refit_refuses_an_indefinite_matrix() -> None:
+    h = -torch.eye(3, dtype=torch.float64)[None]
+    mask = torch.tensor([[[True, True, False]]])
+    with pytest.raises(NotPositiveDefiniteError, match="raise damping"):
+        masked_refit(h, torch.ones(1, 1, 3), mask)
+
+
+def test_budget_defaults_to_a_share_of_free_memory() -> None:
+    assert resolve_budget(123, torch.device("cpu")) == 123
+    assert resolve_budget(None, torch.device("cpu")) > 2**20
