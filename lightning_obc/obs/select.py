@@ -1,7 +1,7 @@
 """Spread the zeros of an unstructured pattern over the rows of a layer.
 
-Input is the table of step losses of a full sweep, ``[rows, d]``, in each row's own elimination order. Output is how many
-steps of that order every row takes. All rules are deterministic: ties go to the lower row.
+The input is the table of step losses of a full sweep, ``[rows, d]``, each row in its own elimination order. The
+output is how many steps of that order every row takes. All rules are deterministic: ties go to the lower row.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Structured pruning: whole input channels leave, for all rows and kernel positions together.
 
-The rows share the set that leaves, so they share ``G`` as well and one elimination serves the layer. Removing the columns
-``S`` of a channel costs ``½ Σ_r w_rS (G_SS)⁻¹ w_rSᵀ`` (ZipLM, arXiv 2302.04089, section 3.1).
+The rows share the set that leaves, so they share ``G`` as well and one elimination serves the layer. Removing the
+columns ``S`` of a channel costs ``½ Σ_r w_rS (G_SS)⁻¹ w_rSᵀ`` (ZipLM, arXiv 2302.04089, section 3.1).
 """
 
 from __future__ import annotations

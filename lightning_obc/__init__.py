@@ -1,0 +1,72 @@
+"""Optimal Brain Compression (arXiv 2208.11580) for PyTorch Lightning.
+
+Everything public is reachable from here and is imported when it is first used: importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_obc import baselines, errors, obs
+    from lightning_obc.callbacks import OBCCallback
+    from lightning_obc.grids import Grid
+    from lightning_obc.hessian import Hessian
+    from lightning_obc.obs import LayerSolution
+    from lightning_obc.pipeline import compress
+    from lightning_obc.report import CompressionReport
+    from lightning_obc.specs import NM, Block, Calibration, IntGrid, Prune, Quantize, Structured, Unstructured
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "OBCCallback": "lightning_obc.callbacks",
+    "Grid": "lightning_obc.grids",
+    "Hessian": "lightning_obc.hessian",
+    "LayerSolution": "lightning_obc.obs",
+    "compress": "lightning_obc.pipeline",
+    "CompressionReport": "lightning_obc.report",
+    "NM": "lightning_obc.specs",
+    "Block": "lightning_obc.specs",
+    "Calibration": "lightning_obc.specs",
+    "IntGrid": "lightning_obc.specs",
+    "Prune": "lightning_obc.specs",
+    "Quantize": "lightning_obc.specs",
+    "Structured": "lightning_obc.specs",
+    "Unstructured": "lightning_obc.specs",
+}
+_MODULES = ("baselines", "errors", "obs")
+
+__all__ = [
+    "NM",
+    "Block",
+    "Calibration",
+    "CompressionReport",
+    "Grid",
+    "Hessian",
+    "IntGrid",
+    "LayerSolution",
+    "OBCCallback",
+    "Prune",
+    "Quantize",
+    "Structured",
+    "Unstructured",
+    "__version__",
+    "baselines",
+    "compress",
+    "errors",
+    "obs",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
