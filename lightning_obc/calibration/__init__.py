@@ -1,1 +1,17 @@
-"""TODO"""
+"""From batches to Hessians: the choice of data, the pass with hooks, and the mergeable statistic."""
+
+from __future__ import annotations
+
+from lightning_obc.calibration.batches import batch_size_of, call_forward
+from lightning_obc.calibration.collect import collect_hessians
+from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
+from lightning_obc.calibration.statistic import HessianAccumulator
+
+__all__ = [
+    "CalibrationBatches",
+    "HessianAccumulator",
+    "batch_size_of",
+    "calibration_batches",
+    "call_forward",
+    "collect_hessians",
+]

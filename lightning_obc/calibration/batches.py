@@ -1,0 +1,98 @@
+"""What a batch is: its size, its device, the inputs that a model's forward wants."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lightning_obc.errors import CalibrationError
+
+_LABELS = ("labels", "label", "label_ids", "targets", "target")
+
+
+def batch_size_of(batch: Any) -> int:
+    """Number of samples in a batch: the first dimension of the first tensor found.
+
+    Tuples and lists are ``(inputs, targets, …)``: their first element counts; where that is itself a list of tensors
+    (images of different sizes), its length. Mappings count by their first value that holds a tensor.
+
+    Raises:
+        CalibrationError: No tensor is found.
+    """
+    size = _size(batch, nested=False)
+    if size is None:
+        raise CalibrationError(
+            "The size of a batch cannot be told",
+            got=type(batch).__name__,
+            expected="a tensor, a sequence that starts with the inputs, or a mapping with tensors",
+        )
+    return size
+
+
+def _size(batch: Any, nested: bool) -> int | None:
+    if isinstance(batch, PackedSequence):
+        return int(batch.batch_sizes[0])
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else 1
+    if isinstance(batch, Mapping):
+        return next((size for size in (_size(value, True) for value in batch.values()) if size is not None), None)
+    if isinstance(batch, (list, tuple)) and batch:
+        if nested and all(isinstance(item, Tensor) for item in batch):
+            return len(batch)
+        return next((size for size in (_size(item, True) for item in batch) if size is not None), None)
+    return None
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """A batch with its tensors on a device; containers are rebuilt, everything else is passed on."""
+    if isinstance(batch, (Tensor, PackedSequence)):
+        return batch.to(device=device)  # type: ignore[call-arg]
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else _rebuilt(batch, moved)
+    if isinstance(batch, tuple):
+        items = [to_device(item, device) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
+    if isinstance(batch, list):
+        return [to_device(item, device) for item in batch]
+    return batch
+
+
+def _rebuilt(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    """Mappings of other types (tokenizer outputs, ordered dicts) keep their type when it takes a dict."""
+    try:
+        return type(batch)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        return moved
+
+
+def call_forward(model: nn.Module, batch: Any) -> Any:
+    """Send a batch through a model the way calibration does by default.
+
+    ``model.calibration_step(batch)`` when the model has one. Otherwise its forward: a tensor as it is; of a sequence
+    ``(inputs, targets, …)`` the first element; of a mapping the entries that the forward has parameters for, labels
+    left out.
+    """
+    step = getattr(model, "calibration_step", None)
+    if callable(step):
+        return step(batch)
+    if isinstance(batch, (list, tuple)) and batch:
+        batch = batch[0]
+    if isinstance(batch, Mapping):
+        return model(**_accepted(model, batch))
+    return model(batch)
+
+
+def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    inner = getattr(model, "_orig_mod", model)
+    parameters: Sequence[inspect.Parameter] = list(inspect.signature(inner.forward).parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        names = set(batch)
+    else:
+        names = {p.name for p in parameters}
+    return {key: value for key, value in batch.items() if key in names and key not in _LABELS}

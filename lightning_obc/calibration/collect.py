@@ -1,0 +1,193 @@
+"""One or more passes over the calibration batches, with hooks that gather the Hessian of every layer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device
+from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.calibration.statistic import HessianAccumulator
+from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError
+from lightning_obc.hessian import Hessian
+
+Forward = Callable[[nn.Module, Any], Any]
+Progress = Callable[[str, float, float], None]
+
+
+def collect_hessians(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    rounds: int = 1,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Hessian]:
+    """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
+
+    The pass leaves no trace: train modes, buffers (batch-norm statistics), random states and hooks are afterwards what
+    they were. It works in inference mode, and sees through compiled modules.
+
+    Args:
+        model: The model; it runs in evaluation mode, without gradients.
+        layers: Layers by name, as :func:`~lightning_obc.layers.select_layers` returns them.
+        batches: Re-iterable when ``rounds`` is more than one. Its ``set_round(k)``, when it has one, is called
+            before each round.
+        forward: ``forward(model, batch)`` runs one batch; None means
+            :func:`~lightning_obc.calibration.batches.call_forward`.
+        rounds: Passes over the batches; every pass counts its samples.
+        device: Batches are moved there. None means the model's device, or no move at all with a ``forward`` of
+            one's own.
+        progress: Called as ``progress(description, batches done, batches in all)`` after every batch; 0 in all when
+            the number is not known.
+
+    Returns:
+        One statistic per layer, on the device of the layer's weight. ``samples`` is the same for all layers, up to
+        the split into halves.
+
+    Raises:
+        EmptyCalibrationError: There are no batches.
+        CalibrationError: A later round yields nothing, because the batches can be iterated only once.
+        LayerNotReachedError: No batch passed through some layer.
+        NonFiniteError: NaN or Inf in the input of a layer.
+    """
+    statistics = {name: HessianAccumulator(module, name=name) for name, module in layers.items()}
+    reached: set[str] = set()
+    target = torch.device(device) if device is not None else None if forward else _device_of(model)
+    run = forward or call_forward
+    with ExitStack() as stack:
+        for context in (preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad()):
+            stack.enter_context(context)
+        for name, statistic in statistics.items():
+            stack.callback(_attach(layers[name], statistic, reached).remove)
+        for done, batch in enumerate(_numbered(batches, rounds, list(statistics.values())), start=1):
+            run(model, batch if target is None else to_device(batch, target))
+            _check_finite(statistics.values())
+            if progress is not None:
+                progress("calibration", done, _length(batches, rounds))
+    _check_reached(statistics, reached)
+    return {name: statistic.finalise() for name, statistic in statistics.items()}
+
+
+def _numbered(batches: Iterable[Any], rounds: int, statistics: list[HessianAccumulator]) -> Iterator[Any]:
+    """The batches of all rounds, counted in every statistic before they are handed out."""
+    for current in range(rounds):
+        if hasattr(batches, "set_round"):
+            batches.set_round(current)
+        start, index = 0, -1
+        for index, batch in enumerate(batches):
+            size = batch_size_of(batch)
+            for statistic in statistics:
+                statistic.begin_batch(size, start=start, batch_index=index)
+            start += size
+            yield batch
+        if index < 0:
+            raise _nothing(current, batches)
+
+
+def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
+    if current == 0:
+        return EmptyCalibrationError(
+            "The calibration data yields no batch",
+            got=type(batches).__name__,
+            expected="at least one batch",
+            remedy="check the loader's length and drop_last, or pass a list of batches",
+        )
+    return CalibrationError(
+        "The calibration data can be iterated only once",
+        got=f"no batch in round {current + 1}",
+        expected="the same batches in every round",
+        remedy="pass a list or a DataLoader instead of an iterator, or use rounds=1",
+    )
+
+
+def _attach(module: nn.Module, statistic: HessianAccumulator, reached: set[str]) -> torch.utils.hooks.RemovableHandle:
+    adapter = statistic.adapter
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.add(statistic.name)
+        statistic.update(adapter.inputs(module, args, kwargs))
+
+    return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _check_finite(statistics: Collection[HessianAccumulator]) -> None:
+    """One synchronisation per batch; the layers are asked one by one only when something is wrong."""
+    flags = [statistic.finite() for statistic in statistics]
+    if flags and not torch.stack([flag.to(flags[0].device) for flag in flags]).all():
+        for statistic in statistics:
+            statistic.raise_if_not_finite()
+
+
+def _check_reached(statistics: Mapping[str, HessianAccumulator], reached: set[str]) -> None:
+    missing = [name for name in statistics if name not in reached]
+    if missing:
+        raise LayerNotReachedError(
+            "No calibration batch passed through some of the layers",
+            got=", ".join(missing),
+            expected="every selected layer to be called as a module in the forward pass",
+            remedy="exclude them, or give the model a calibration_step that calls them",
+        )
+
+
+def _length(batches: Iterable[Any], rounds: int) -> int:
+    try:
+        return len(batches) * rounds  # type: ignore[arg-type]
+    except TypeError:
+        return 0
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    parameter = next(model.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's train mode and every buffer as before afterwards.
+
+    Flags are set directly: overridden ``train()`` methods may change weights.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, flag in zip(modules, training, strict=True):
+            module.training = flag
+        for module, name, buffer, value in buffers:
+            module._buffers[name] = buffer
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+@contextmanager
+def eager_forward() -> Iterator[None]:
+    """Compiled modules run eagerly inside: hooks added after compilation would not fire otherwise.
+
+    Also keeps attention off its fused inference path, which calls no submodules.
+    """
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # imported by the first torch.compile; importing it here takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fastpath)

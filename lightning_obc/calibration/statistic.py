@@ -1,0 +1,117 @@
+"""The calibration statistic of one layer: update, merge, finalise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.errors import NonFiniteError, ShapeError, UnsupportedLayerError
+from lightning_obc.hessian import Hessian
+from lightning_obc.kernels.hessian_update import symmetrise_
+from lightning_obc.layers import LayerAdapter, adapter_for, reason_unsupported
+
+
+class HessianAccumulator:
+    """Two float64 sums of ``x xᵀ``, split by the parity of the sample's index. Its reduction over ranks is a sum.
+
+    Call :meth:`begin_batch` once per batch, then :meth:`update` for every time the layer is called on it. Samples are
+    counted per batch, not per call, so that ``n`` is the same for every layer.
+
+    Args:
+        module: The layer; an adapter must handle it.
+        name: Name of the layer in errors.
+        device: Where the sums live; None means the device of the layer's weight.
+
+    Raises:
+        UnsupportedLayerError: No adapter handles the module.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None) -> None:
+        adapter = adapter_for(module)
+        if adapter is None:
+            raise UnsupportedLayerError(
+                f"Layer {name!r} has no adapter", got=type(module).__name__, expected=reason_unsupported(module)
+            )
+        self.name, self.shape = name, adapter.shape(module)
+        self._module, self._adapter = module, adapter
+        size = (2, self.shape.groups, self.shape.columns, self.shape.columns)
+        # Tensors made in inference mode could not be used in training afterwards.
+        with torch.inference_mode(False):
+            self.sums = torch.zeros(size, dtype=torch.float64, device=device or adapter.weight(module).device)
+        self.samples = [0, 0]
+        self.batch_index = -1
+        self._batch_size, self._start = 0, 0
+
+    @property
+    def adapter(self) -> LayerAdapter:
+        return self._adapter
+
+    def begin_batch(self, batch_size: int, *, start: int = 0, batch_index: int = 0) -> None:
+        """Count the samples of a batch.
+
+        Args:
+            batch_size: Samples in the batch.
+            start: Index of its first sample within the round.
+            batch_index: Index of the batch within the round.
+        """
+        self._batch_size, self._start, self.batch_index = batch_size, start, batch_index
+        for parity in (0, 1):
+            self.samples[parity] += len(range(self._offset(parity), batch_size, 2))
+
+    def _offset(self, parity: int) -> int:
+        """First sample of the current batch whose index within the round has the given parity."""
+        return (self._start + parity) % 2
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add the input of one call of the layer, as :meth:`LayerAdapter.inputs` returns it.
+
+        Where the leading dimension is a multiple of the batch size (windows, tokens), the samples are outermost in it;
+        otherwise the samples cannot be told apart, and whole batches go to alternate halves.
+        """
+        leading, size = x.shape[0], self._batch_size
+        if size > 0 and leading % size == 0:
+            by_sample = x.reshape(size, leading // size, *x.shape[1:])
+            for parity in (0, 1):
+                part = by_sample[self._offset(parity) :: 2]
+                if part.shape[0]:
+                    self._adapter.accumulate_(self._module, self.sums[parity], part.flatten(0, 1))
+        else:
+            self._adapter.accumulate_(self._module, self.sums[self.batch_index % 2], x)
+
+    def finite(self) -> Tensor:
+        """Scalar bool tensor: no NaN or Inf has come in. Costs one look at the diagonal, and no synchronisation."""
+        return self.sums.diagonal(dim1=-2, dim2=-1).isfinite().all()
+
+    def raise_if_not_finite(self) -> None:
+        """Raise NonFiniteError, naming the layer and the last batch, when NaN or Inf has come in."""
+        if not self.finite():
+            raise NonFiniteError(
+                f"The inputs of layer {self.name!r} are not finite",
+                got=f"NaN or Inf in calibration batch {self.batch_index}",
+                expected="finite activations",
+                remedy="check that batch of the calibration data, and the layers before this one",
+            )
+
+    def merge(self, other: HessianAccumulator) -> None:
+        """Add the sums and counts of another accumulator of the same layer; ``other`` stays as it is.
+
+        Raises:
+            ShapeError: The other accumulator belongs to a layer of another shape.
+        """
+        if other.shape != self.shape:
+            raise ShapeError(
+                "Statistics of different layers cannot be merged", got=other.shape, expected=str(self.shape)
+            )
+        self.sums.add_(other.sums.to(self.sums.device))
+        self.samples = [mine + theirs for mine, theirs in zip(self.samples, other.samples, strict=True)]
+
+    def finalise(self) -> Hessian:
+        """The statistic for the engine; the accumulator can go on afterwards.
+
+        Raises:
+            NonFiniteError: NaN or Inf has come in.
+        """
+        self.raise_if_not_finite()
+        with torch.inference_mode(False):
+            return Hessian(symmetrise_(self.sums.clone()), (self.samples[0], self.samples[1]))

@@ -1,0 +1,74 @@
+"""``Σ x xᵀ`` of plain positions, for one or many problems at once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_obc.errors import ShapeError
+from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
+
+# Positions in one float32 product. Its rounding error grows with the number of positions, float64's does not.
+CHUNK = 1024
+# Width of the column strips of one product: only what lies right of a strip's start is multiplied, which saves
+# nearly half of the work of a wide layer; narrower strips lose more in the products than they save.
+STRIP = 256
+
+
+def accumulate_linear_(out: Tensor, x: Tensor) -> None:
+    """Add ``Σ x xᵀ`` to the upper triangle of ``out``.
+
+    What lies below the diagonal of ``out`` is unspecified until :func:`symmetrise_`.
+
+    Args:
+        out: ``[g, d, d]`` float64.
+        x: ``[N, g, d]`` positions; float64 is multiplied in float64, all other types in float32.
+
+    Raises:
+        ShapeError: ``x`` does not belong to ``out``.
+    """
+    check_accumulator(out)
+    if x.dim() != 3 or tuple(x.shape[1:]) != tuple(out.shape[:2]):
+        raise ShapeError(
+            "Positions do not fit their accumulator",
+            got=tuple(x.shape),
+            expected=f"[N, {out.shape[0]}, {out.shape[1]}]",
+        )
+    with exact_products(x.device.type):
+        for chunk in x.split(CHUNK):
+            add_products_(out, as_accumulable(chunk))
+
+
+def check_accumulator(out: Tensor) -> None:
+    if out.dim() != 3 or out.shape[1] != out.shape[2] or out.dtype != torch.float64:
+        raise ShapeError(
+            "An accumulator has the wrong shape or dtype",
+            got=f"{tuple(out.shape)} {out.dtype}",
+            expected="[g, d, d] float64",
+        )
+
+
+def add_products_(out: Tensor, x: Tensor) -> None:
+    """One product of ``[n, g, d]`` positions in the dtype of ``x``, upper strips only."""
+    groups, columns = out.shape[:2]
+    if groups == 1:
+        flat, upper = x[:, 0], out[0]
+        for start in range(0, columns, STRIP):
+            stop = min(start + STRIP, columns)
+            upper[start:stop, start:].add_(flat[:, start:stop].T @ flat[:, start:])
+    else:
+        by_group = x.transpose(0, 1)
+        for start in range(0, columns, STRIP):
+            stop = min(start + STRIP, columns)
+            out[:, start:stop, start:].add_(by_group[..., start:stop].transpose(1, 2) @ by_group[..., start:])
+
+
+def symmetrise_(out: Tensor) -> Tensor:
+    """Copy the upper triangle of ``[..., d, d]`` onto the lower one, in place; returns ``out``."""
+    columns = out.shape[-1]
+    for start in range(0, columns, STRIP):
+        stop = min(start + STRIP, columns)
+        block = out[..., start:stop, start:stop]
+        block.copy_(block.triu() + block.triu(1).mT)
+        out[..., stop:, start:stop] = out[..., start:stop, stop:].mT
+    return out

@@ -1,0 +1,28 @@
+"""Linear layers: one problem, one column per input feature."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_obc.kernels.hessian_update import accumulate_linear_
+from lightning_obc.layers.base import LayerAdapter, ProblemShape
+
+
+class LinearAdapter(LayerAdapter):
+    """``nn.Linear``; inputs have any number of leading dimensions."""
+
+    def shape(self, module: nn.Module) -> ProblemShape:
+        rows, columns = self.weight(module).shape
+        return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
+
+    def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor.unsqueeze(0)
+
+    def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.squeeze(0)
+
+    def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x.unsqueeze(0) if x.dim() == 1 else x
+
+    def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
+        accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
