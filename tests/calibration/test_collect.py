@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -48,14 +49,7 @@ def data(*sizes: int) -> list[Tensor]:
 def squared_error(model: nn.Module, name: str, batches: list[Tensor], delta: Tensor) -> float:
     """Mean squared output error per sample of one layer, measured on its real inputs."""
     layer, errors = model.get_submodule(name), []
-    changed = (
-        type(layer)(**{k: getattr(layer, k) for k in ("in_features", "out_features") if hasattr(layer, k)})
-        if (isinstance(layer, nn.Linear))
-        else nn.Conv2d(
-            layer.in_channels, layer.out_channels, layer.kernel_size, padding=layer.padding, groups=layer.groups
-        )
-    )
-    changed.load_state_dict(layer.state_dict())
+    changed = copy.deepcopy(layer)
     adapter_for(changed).write_weight_(changed, adapter_for(layer).weight_matrix(layer) + delta)
     handle = layer.register_forward_hook(lambda _, args, out: errors.append((changed(args[0]) - out).square().sum()))
     with torch.no_grad():
@@ -100,14 +94,14 @@ def test_every_round_counts_and_keeps_the_halves(model: Network) -> None:
 
 
 def test_rounds_are_announced_to_the_batches(model: Network) -> None:
+    seen: list[int] = []
+
     class Rounds(list[Tensor]):
-        seen: list[int] = []
-
         def set_round(self, number: int) -> None:
-            self.seen.append(number)
+            seen.append(number)
 
-    collect_hessians(model, select_layers(model), batches := Rounds(data(2)), rounds=3)
-    assert batches.seen == [0, 1, 2]
+    collect_hessians(model, select_layers(model), Rounds(data(2)), rounds=3)
+    assert seen == [0, 1, 2]
 
 
 def test_the_model_and_the_random_states_are_undisturbed(model: Network) -> None:
@@ -160,8 +154,8 @@ def test_inference_mode_gives_the_same_and_nothing_poisoned(model: Network) -> N
     model(data(2)[0]).sum().backward()
 
 
-@pytest.mark.slow
 def test_compiled_modules_are_reached(model: Network) -> None:
+    model.eval()
     layers, batches = select_layers(model), data(2)
     expected = collect_hessians(model, layers, batches)
     compiled = torch.compile(model, backend="eager")
@@ -254,13 +248,13 @@ class TestBadInput:
     ) -> None:
         batches = data(2, 2, 2)
         batches[1][0, 0, 3, 3] = value
-        with pytest.raises(NonFiniteError, match="'conv'.*batch 1"):
+        with pytest.raises(NonFiniteError, match=r"'conv'.*batch 1"):
             collect_hessians(model, select_layers(model), batches, rounds=rounds)
 
     def test_a_layer_that_makes_infinities_is_not_blamed(self, model: Network) -> None:
         with torch.no_grad():
             model.conv.bias.fill_(float("inf"))
-        with pytest.raises(NonFiniteError, match="'depthwise'.*batch 0"):
+        with pytest.raises(NonFiniteError, match=r"'depthwise'.*batch 0"):
             collect_hessians(model, select_layers(model), data(2))
 
     def test_no_batches(self, model: Network) -> None:

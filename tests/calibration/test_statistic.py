@@ -75,7 +75,7 @@ def test_nan_is_refused(layer: nn.Conv2d) -> None:
     statistic = HessianAccumulator(layer, name="stem")
     statistic.begin_batch(2, batch_index=7)
     statistic.update(torch.full((2, 4, 6, 6), torch.nan))
-    with pytest.raises(NonFiniteError, match="'stem'.*batch 7"):
+    with pytest.raises(NonFiniteError, match=r"'stem'.*batch 7"):
         statistic.finalise()
 
 

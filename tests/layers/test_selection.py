@@ -45,6 +45,7 @@ ALL = ["stem", "layer1.0", "layer1.2", "layer2.conv", "layer2.down", "head"]
         (["again"], None, ["stem"]),
         (None, ["Conv2d"], ["layer2.down", "head"]),
         (None, ["layer?", "head"], ["stem"]),
+        (["layer?"], ["*.down", "Sequential"], ["layer2.conv"]),
         (["Conv2d"], ["stem"], ["layer1.0", "layer1.2", "layer2.conv"]),
         (None, ["BatchNorm2d"], ALL),
         (["_orig_mod.stem"], None, ["stem"]),
