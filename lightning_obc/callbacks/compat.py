@@ -1,0 +1,158 @@
+"""Every use of Lightning's private names, in one place (tried with lightning 2.6.6).
+
+Elsewhere in this package only Lightning's public interface is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.errors import CalibrationError, StrategyError
+
+
+def callbacks(trainer: Trainer) -> list[Callback]:
+    """The trainer's callbacks; an attribute that Lightning sets without declaring it."""
+    return vars(trainer)["callbacks"]
+
+
+def fast_dev_run(trainer: Trainer) -> bool:
+    return bool(vars(trainer)["fast_dev_run"])
+
+
+def logged_step(trainer: Trainer) -> int:
+    """The step under which Lightning logs at this moment."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def calibration_source(trainer: Trainer) -> Any:
+    """Where calibration data comes from: ``calibration_dataloader()`` of the datamodule or module, or the train loader.
+
+    The training's own loader and its iterators are not touched.
+
+    Raises:
+        CalibrationError: There is neither.
+    """
+    datamodule: LightningDataModule | None = vars(trainer).get("datamodule")
+    if trainer.state.fn != TrainerFn.FITTING and datamodule is not None:
+        # Outside of fit, Lightning has set the datamodule up for another stage: its train split may not exist.
+        call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
+    for owner in (datamodule, trainer.lightning_module):
+        make = getattr(owner, "calibration_dataloader", None)
+        if callable(make):
+            return make()
+    source = trainer.fit_loop._data_source
+    if source.instance is None or (
+        isinstance(source.instance, (LightningModule, LightningDataModule))
+        and not is_overridden("train_dataloader", source.instance)
+    ):
+        raise CalibrationError(
+            "There is no calibration data",
+            got="no train_dataloader",
+            expected="calibration_dataloader() or train_dataloader() on the datamodule or the module",
+            remedy="pass a datamodule, or define calibration_dataloader() on the LightningModule",
+        )
+    return _first_loader(_request_dataloader(source))
+
+
+def _first_loader(loaders: Any) -> Any:
+    """The only loader of a collection of train loaders.
+
+    Raises:
+        CalibrationError: There are several, and which one to calibrate on is not for this package to guess.
+    """
+    flat = CombinedLoader(loaders, "sequential").flattened
+    if len(flat) != 1:
+        raise CalibrationError(
+            "There are several train loaders",
+            got=f"{len(flat)} loaders",
+            expected="one loader to calibrate on",
+            remedy="define calibration_dataloader() on the datamodule or the module",
+        )
+    return flat[0]
+
+
+def to_device(trainer: Trainer, batch: Any) -> Any:
+    """A batch through the precision plugin, the batch hooks and the transfer, as in the training loop."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+
+
+def evaluate(trainer: Trainer) -> dict[str, float]:
+    """Run the validation loop once, beside whatever is going on, and return the scalars it logs.
+
+    No callback hears of it, no logger is written to, and the loops' progress, the metrics that callbacks monitor and
+    the random states stay as they were. Without a validation step or validation data the result is empty.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    owner, slot = (trainer.fit_loop.epoch_loop, "val_loop") if fitting else (trainer, "validate_loop")
+    original: _EvaluationLoop = getattr(owner, slot)
+    fn = TrainerFn.FITTING if fitting else TrainerFn.VALIDATING
+    loop = _EvaluationLoop(trainer, fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+    loop._data_source = original._data_source
+    with _aside(trainer, original):
+        setattr(owner, slot, loop)
+        try:
+            loop.run()
+            return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        finally:
+            loop._results.reset()
+            loop.teardown()
+            setattr(owner, slot, original)
+
+
+@contextmanager
+def _aside(trainer: Any, loop: _EvaluationLoop) -> Iterator[None]:
+    """Set the trainer's callbacks, loggers, metrics and stage aside, and put them back."""
+    module = trainer.lightning_module
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    saved = trainer._logger_connector, trainer.callbacks, trainer.loggers, trainer.state.stage, module._current_fx_name
+    clock = getattr(trainer, "_last_val_time", None)
+    try:
+        trainer._logger_connector = _LoggerConnector(trainer)
+        trainer.callbacks, trainer.loggers = [], []
+        trainer.state.stage = RunningStage.VALIDATING
+        with preserved_rng(), torch.no_grad():
+            yield
+    finally:
+        trainer._last_val_time = clock
+        trainer._logger_connector, trainer.callbacks, trainer.loggers, trainer.state.stage, fx = saved
+        module._current_fx_name = fx
+        for submodule, training in modes:
+            submodule.training = training
+
+
+def rich_progress(bar: ProgressBar) -> Any:
+    """The running display of a ``RichProgressBar``, or None for every other bar."""
+    progress = getattr(bar, "progress", None)
+    return None if progress is None or getattr(bar, "_progress_stopped", True) else progress
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse strategies under which compression would be wrong.
+
+    Raises:
+        StrategyError: The strategy is not supported.
+    """
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+        raise StrategyError(
+            "This strategy is not supported",
+            got=type(trainer.strategy).__name__,
+            expected="a single device",
+            remedy="Trainer(devices=1)",
+        )

@@ -1,0 +1,230 @@
+"""Weights that training must not change back: zeros of pruned layers, and grids of quantized ones.
+
+Nothing is added to the model: no buffers, parametrizations or wrappers, so that state-dict keys stay what they were.
+Masks and grids live in the callback's state; the weights themselves always carry the zeros and the grid points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.errors import FingerprintError, PatternError
+from lightning_obc.grids import Grid
+from lightning_obc.layers import LayerAdapter, adapter_for, normalise_name
+from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.specs import NM, Block, IntGrid, Pattern, Prune, Quantize, Stage, Structured, Unstructured
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """What is held of one layer, in matrix layout ``[g, R, d]`` on the CPU.
+
+    Attributes:
+        mask: bool, True = kept; None for a layer that was never pruned.
+        grid: The grid of a quantized layer.
+        latent: float32 weights before rounding, of a layer that goes on training on its grid; None for a frozen one.
+        pattern: The pattern that the zeros of the mask obey.
+    """
+
+    mask: Tensor | None = None
+    grid: Grid | None = None
+    latent: Tensor | None = None
+    pattern: Pattern | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only, so that ``torch.load(weights_only=True)`` reads it."""
+        return {
+            "mask": self.mask,
+            "grid": None if self.grid is None else _grid_state(self.grid),
+            "latent": self.latent,
+            "pattern": None if self.pattern is None else _pattern_state(self.pattern),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> HeldLayer:
+        grid, pattern = state["grid"], state["pattern"]
+        return cls(
+            state["mask"],
+            None if grid is None else _grid_from_state(grid),
+            state["latent"],
+            None if pattern is None else _pattern_from_state(pattern),
+        )
+
+
+def _pattern_state(pattern: Pattern) -> dict[str, Any]:
+    return {"type": type(pattern).__name__, **vars(pattern)}
+
+
+def _pattern_from_state(state: Mapping[str, Any]) -> Pattern | None:
+    types = {kind.__name__: kind for kind in (Unstructured, NM, Block, Structured)}
+    values = {key: value for key, value in state.items() if key != "type"}
+    return types[state["type"]](**values) if state["type"] in types else None
+
+
+def _grid_state(grid: Grid) -> dict[str, Any]:
+    return {
+        "spec": asdict(grid.spec),
+        "scale": grid.scale.detach().cpu(),
+        "zero_point": grid.zero_point.detach().cpu(),
+        "column_group": None if grid.column_group is None else grid.column_group.cpu(),
+    }
+
+
+def _grid_from_state(state: Mapping[str, Any]) -> Grid:
+    return Grid(IntGrid(**state["spec"]), state["scale"], state["zero_point"], state["column_group"])
+
+
+class HeldWeights:
+    """The held layers of one model.
+
+    ``bind(model)`` connects them with its live weights; ``apply_()`` then puts every held weight back in its place.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[str, HeldLayer] = {}
+        self._bound: dict[str, _Bound] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles of a callback must not drag the model along.
+        self._pull_latents()
+        return {"layers": dict(self.layers), "_bound": {}}
+
+    def hold(self, name: str, module: nn.Module, stage: Stage, solution: LayerSolution) -> None:
+        """Take over a layer's solution, which has been written into its weight already.
+
+        Raises:
+            PatternError: Weights that an earlier stage pruned have come back.
+        """
+        layer = self.layers.get(name, HeldLayer())
+        if isinstance(stage, Prune):
+            mask = solution.mask.detach().cpu()
+            if layer.mask is not None and bool((mask & ~layer.mask).any()):
+                raise PatternError(
+                    f"{stage} brings pruned weights back",
+                    got=f"layer {name!r}: {int((mask & ~layer.mask).sum())} weights",
+                    expected="masks that only grow",
+                )
+            layer = replace(layer, mask=mask, pattern=stage.parsed)
+        elif isinstance(stage, Quantize):
+            latent = solution.weight.detach().float().cpu() if stage.after == "train" else None
+            layer = replace(layer, grid=solution.grid, latent=latent)
+        self.layers[name] = layer
+        self._bound[name] = _Bound.make(module, layer)
+
+    def bind(self, model: nn.Module) -> None:
+        """Connect with the weights of a model, which hold the zeros and grid points already.
+
+        Raises:
+            FingerprintError: A held layer is not there, or has another shape.
+        """
+        self._pull_latents()
+        modules = {normalise_name(name): module for name, module in model.named_modules()}
+        self._bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
+
+    def unbind(self) -> None:
+        """Let go of the model; what is held stays held."""
+        self._pull_latents()
+        self._bound = {}
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Put every held weight of the bound model back in its place. Applying twice changes nothing."""
+        for bound in self._bound.values():
+            bound.apply_()
+
+    def _pull_latents(self) -> None:
+        for name, bound in self._bound.items():
+            if bound.latent is not None:
+                self.layers[name] = replace(self.layers[name], latent=bound.latent.detach().cpu().clone())
+
+    def state_dict(self) -> dict[str, Any]:
+        self._pull_latents()
+        return {name: layer.state_dict() for name, layer in self.layers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._bound = {}
+        self.layers = {name: HeldLayer.from_state(layer) for name, layer in state.items()}
+
+
+def _find(modules: Mapping[str, nn.Module], name: str, layer: HeldLayer) -> nn.Module:
+    module = modules.get(name)
+    adapter = None if module is None else adapter_for(module)
+    held = layer.mask if layer.mask is not None else layer.latent
+    if module is None or adapter is None:
+        got = f"no compressible layer {name!r}"
+    else:
+        shape = adapter.shape(module)
+        if held is None or tuple(held.shape) == (shape.groups, shape.rows, shape.columns):
+            return module
+        got = f"layer {name!r} of {shape.groups}×{shape.rows}×{shape.columns}, held {tuple(held.shape)}"
+    raise FingerprintError(
+        "The compression state belongs to another model",
+        got=got,
+        expected="the model that the checkpoint was written for",
+        remedy="resume with the same model, or start without ckpt_path",
+    )
+
+
+@dataclass
+class _Bound:
+    """A held layer on the device of its live weight, in the layout of the module."""
+
+    module: nn.Module
+    adapter: LayerAdapter
+    weight: Tensor
+    pruned: Tensor | None
+    frozen: Tensor | None
+    grid: Grid | None = None
+    latent: Tensor | None = None
+    last: Tensor | None = None
+
+    @classmethod
+    def make(cls, module: nn.Module, layer: HeldLayer) -> _Bound:
+        adapter = adapter_for(module)
+        assert adapter is not None
+        weight = adapter.weight(module)
+        pruned = None
+        if layer.mask is not None:
+            pruned = placed_like(~adapter.to_module_layout(module, layer.mask), weight)
+        if layer.grid is None:
+            return cls(module, adapter, weight, pruned, None)
+        value = weight.detach().clone()
+        if layer.latent is None:
+            return cls(module, adapter, weight, pruned, value)
+        grid = _moved(layer.grid, weight.device)
+        latent = layer.latent.to(weight.device, copy=True)
+        return cls(module, adapter, weight, pruned, None, grid, latent, value)
+
+    def apply_(self) -> None:
+        if self.frozen is not None:
+            self.weight.copy_(self.frozen)
+        if self.grid is not None and self.latent is not None and self.last is not None:
+            # Straight-through: the gradient was taken at the grid point; its step goes to the weight before rounding.
+            step = self.adapter.to_matrix_layout(self.module, self.weight.detach().float() - self.last.float())
+            self.latent.add_(step)
+            self.adapter.write_weight_(self.module, self.grid.quantize(self.latent))
+        if self.pruned is not None:
+            self.weight.masked_fill_(self.pruned, 0.0)
+        if self.last is not None:
+            self.last.copy_(self.weight)
+
+
+def _moved(grid: Grid, device: torch.device) -> Grid:
+    group = None if grid.column_group is None else grid.column_group.to(device)
+    return Grid(grid.spec, grid.scale.float().to(device), grid.zero_point.float().to(device), group)
+
+
+def placed_like(value: Tensor, weight: Tensor) -> Tensor:
+    """``value`` on the device of, and sharded like, a weight of the same shape."""
+    value = value.to(weight.device)
+    if not hasattr(weight, "full_tensor"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = weight
+    return distribute_tensor(value.contiguous(), sharded.device_mesh, sharded.placements)

@@ -1,0 +1,261 @@
+"""The callback that says *when* to compress. What to do is the pipeline's business, how is the engine's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+from weakref import ref
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.display import Display
+from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
+from lightning_obc.callbacks.passes import checked_plans, collector
+from lightning_obc.callbacks.state import RunState, foreign_state, state_key
+from lightning_obc.callbacks.timetable import (
+    Timetable,
+    at_epoch,
+    at_step,
+    at_train_end,
+    at_train_start,
+    at_validate,
+    check_order,
+    expand,
+)
+from lightning_obc.layers import unsupported_layers
+from lightning_obc.pipeline import plan_stage, run_stage
+from lightning_obc.report import CompressionReport
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+
+class OBCCallback(Callback):
+    """Compress a model with Optimal Brain Compression (arXiv 2208.11580) while, after or without training it.
+
+    ``at`` of a stage says when it runs: ``"train_start"``, ``{"epoch": k}`` (before epoch ``k``, counted from 0),
+    ``{"step": k}`` (after optimizer step ``k``), ``"train_end"``, or ``"validate"`` (in ``trainer.validate``).
+
+    The zeros of a pruned layer, and the grid of a quantized one, hold through every later optimizer step. State-dict
+    keys never change: checkpoints load into the plain LightningModule, with or without this callback.
+
+    Calibration data comes from ``calibration_dataloader()`` of the datamodule or the module, else from the train
+    loader, and is drawn without disturbing the training. Batches go through ``calibration_step(batch)`` of the module
+    if it has one, else through its ``forward``.
+
+    Args:
+        stages: What to do, in order: ``Prune`` and ``Quantize`` stages.
+        calibration: How much data to calibrate on.
+        on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
+        save_checkpoint: Write a checkpoint of the compressed model at the end: True puts ``compressed.ckpt`` beside
+            the other checkpoints (or logs), a path puts it there, False writes none.
+        compare: Measure the validation figures just before the first stage and after the last, and print them.
+        verbose: Print the plan before, and the table after, each stage.
+
+    Raises:
+        ScheduleError: Stages that cannot run in this order, or at these times.
+    """
+
+    def __init__(
+        self,
+        stages: list[Union[Prune, Quantize, Stage]],
+        calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+        on_failure: Literal["keep", "raise"] = "keep",
+        save_checkpoint: Union[bool, str, os.PathLike[str]] = True,
+        compare: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stages = list(stages)
+        self.calibration = calibration
+        self.on_failure: Literal["keep", "raise"] = on_failure
+        self.save_checkpoint = save_checkpoint
+        self.compare, self.verbose = compare, verbose
+        self.checkpoint_path: Optional[Path] = None
+        self._state = self._fresh()
+        self._module: Optional[ref[LightningModule]] = None
+        self._hooks: list[Any] = []
+        self._figures: dict[str, tuple[float, float]] = {}
+        check_order(self._state.timetable.stages)
+
+    def _fresh(self) -> RunState:
+        return RunState(Timetable(expand(self.stages)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_module": None, "_hooks": []}
+
+    # What users read.
+    @property
+    def report(self) -> Optional[CompressionReport]:
+        """The report of the stages that have run, or None before the first one."""
+        module = self._module() if self._module is not None else None
+        if module is None or not self._state.reports:
+            return None
+        return CompressionReport(module, list(self._state.reports), unsupported_layers(module), dict(self._figures))
+
+    # State in checkpoints.
+    @property
+    def state_key(self) -> str:
+        return state_key(self.stages)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._state.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._state = self._fresh()
+        self._state.load_state_dict(state_dict)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        present = [callback.state_key for callback in compat.callbacks(trainer) if isinstance(callback, OBCCallback)]
+        if self.state_key in (checkpoint.get("callbacks") or {}):
+            return
+        state = foreign_state(checkpoint, present)
+        if state is not None:
+            self.load_state_dict(dict(state))
+
+    # When.
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._module is not None and self._module() is not pl_module:
+            # What was done to another model has not been done to this one.
+            self._state, self._figures = self._fresh(), {}
+        self._module = ref(pl_module)
+        compat.check_strategy(trainer)
+        if stage == TrainerFn.FITTING and not compat.fast_dev_run(trainer):
+            check_order(self._state.timetable.stages, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        checked_plans(trainer, pl_module, self, self._state.timetable.open())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._state.held.bind(pl_module)
+        self._detach()
+        for optimizer in trainer.optimizers:
+            if hasattr(optimizer, "register_step_post_hook"):
+                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._run_due(trainer, pl_module, at_train_start)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run_due(trainer, pl_module, at_epoch(trainer.current_epoch))
+
+    def _after_step(self, *_: Any) -> None:
+        self._state.held.apply_()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Optimizers without hooks, and modules that edit their weights themselves.
+        self._state.held.apply_()
+        self._run_due(trainer, pl_module, at_step(trainer.global_step))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        figures = model_figures(pl_module, self._state.held.layers)
+        pl_module.log_dict({**figures, "obc/stage": float(len(self._state.timetable.done))})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        everything = compat.fast_dev_run(trainer)
+        self._run_due(trainer, pl_module, (lambda _: True) if everything else at_train_end)
+        left = self._state.timetable.open()
+        if left:
+            rank_zero_warn(
+                f"Training ended before {len(left)} of the compression stages could run: "
+                + "; ".join(f"{stage} at {stage.at}" for stage in left)
+            )
+        self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        left = self._state.timetable.open()
+        if left and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            rank_zero_warn("Nothing was trained, and no compression stage ran: " + "; ".join(map(str, left)))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            before = len(self._state.timetable.done)
+            self._run_due(trainer, pl_module, at_validate, fitting=False)
+            if len(self._state.timetable.done) > before:
+                self._finish(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+        self._state.held.unbind()
+
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    # What happens then.
+    def _run_due(
+        self, trainer: Trainer, module: LightningModule, is_due: Callable[[Stage], bool], *, fitting: bool = True
+    ) -> None:
+        for index in self._state.timetable.due(is_due, fitting=fitting):
+            # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
+            with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
+                if not self._state.timetable.started:
+                    self._measure_dense(trainer)
+                self._run(trainer, module, index, display)
+
+    def _measure_dense(self, trainer: Trainer) -> None:
+        self._state.dense_when = f"just before the first stage ({_when(trainer)})"
+        self._state.dense_step = trainer.global_step
+        if self.compare:
+            self._state.dense = compat.evaluate(trainer)
+
+    def _run(self, trainer: Trainer, module: LightningModule, index: int, display: Display) -> None:
+        state, stage = self._state, self._state.timetable.stages[index]
+        plan = plan_stage(module, stage)
+        if self.verbose:
+            module.print(f"\n{plan}")
+        collect = collector(trainer, module, self.calibration, display)
+        report = run_stage(module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan)
+        for name, solution in report.solutions.items():
+            state.held.hold(name, plan.modules[name], stage, solution)
+        state.timetable.done.append(index)
+        state.reports.append(report)
+        if self.verbose:
+            module.print(f"\n{report.table()}")
+        self._log(trainer, {**stage_figures(report), **model_figures(module, state.held.layers)})
+
+    def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        # One point per stage on the step axis; self.log would average the stages of one epoch, and is not allowed in
+        # half of these hooks.
+        values = {**values, "obc/stage": float(len(self._state.timetable.done))}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=compat.logged_step(trainer))
+
+    def _finish(self, trainer: Trainer, module: LightningModule) -> None:
+        """Compare with the dense model and write the checkpoint, if anything was compressed."""
+        if not self._state.timetable.started:
+            return
+        if self.compare:
+            with torch.inference_mode(False), torch.no_grad():
+                compressed = compat.evaluate(trainer)
+            dense = self._state.dense
+            self._figures = {name: (dense[name], value) for name, value in compressed.items() if name in dense}
+            ratio = model_figures(module, self._state.held.layers)["obc/compression_ratio"]
+            trained = trainer.global_step - self._state.dense_step
+            now = f"after the last stage ({_when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
+            module.print("\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
+            self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
+        if self.save_checkpoint and not compat.fast_dev_run(trainer):
+            self.checkpoint_path = self._path(trainer)
+            trainer.save_checkpoint(self.checkpoint_path)
+            module.print(f"compressed checkpoint: {self.checkpoint_path}")
+
+    def _path(self, trainer: Trainer) -> Path:
+        if not isinstance(self.save_checkpoint, bool):
+            return Path(self.save_checkpoint)
+        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return Path(beside or trainer.log_dir or trainer.default_root_dir) / "compressed.ckpt"
+
+
+def _when(trainer: Trainer) -> str:
+    if trainer.state.fn != TrainerFn.FITTING:
+        return "as loaded"
+    return f"epoch {trainer.current_epoch}, step {trainer.global_step}"

@@ -1,0 +1,70 @@
+"""Connects the pipeline with a Trainer: what is checked before a fit, and how Hessians are collected in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from lightning_obc.calibration import calibration_batches, call_forward, collect_hessians
+from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.display import Display
+from lightning_obc.errors import ScheduleError
+from lightning_obc.hessian import Hessian
+from lightning_obc.layers import select_layers
+from lightning_obc.pipeline import check_schedule, plan_stage
+from lightning_obc.specs import Calibration, Stage
+
+
+class Staged(Protocol):
+    """What is asked of a callback here."""
+
+    stages: list[Any]
+
+
+def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, stages: Sequence[Stage]) -> None:
+    """Find out now, not after an hour of training, what would stop a stage.
+
+    Raises:
+        LayerNotFoundError, PatternError, NonFiniteError: As :func:`lightning_obc.pipeline.plan_stage`.
+        ScheduleError: Two callbacks would compress the same layers.
+    """
+    if not stages:
+        return
+    check_schedule(module, stages)
+    for stage in stages:
+        plan_stage(module, stage)
+    mine = _layers(module, stages)
+    for other in compat.callbacks(trainer):
+        if isinstance(other, type(callback)) and other is not callback:
+            shared = sorted(mine & _layers(module, other.stages))
+            if shared:
+                raise ScheduleError(
+                    "Two callbacks compress the same layers",
+                    got=", ".join(shared),
+                    expected="each layer in one callback",
+                    remedy="put all stages into one OBCCallback, or choose different layers",
+                )
+
+
+def _layers(module: nn.Module, stages: Sequence[Stage]) -> set[str]:
+    return {name for stage in stages for name in select_layers(module, stage.layers, stage.exclude)}
+
+
+def collector(
+    trainer: Trainer, module: LightningModule, spec: Calibration, display: Display
+) -> Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]:
+    """A function that collects Hessians from the trainer's calibration data, the way training sees it."""
+
+    def forward(model: nn.Module, batch: Any) -> Any:
+        batch = compat.to_device(trainer, batch)
+        with trainer.precision_plugin.forward_context():
+            return call_forward(model, batch)
+
+    def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
+        batches = calibration_batches(compat.calibration_source(trainer), spec)
+        return collect_hessians(module, modules, batches, forward=forward, rounds=spec.rounds, progress=display.update)
+
+    return collect

@@ -1,0 +1,101 @@
+"""What a run has done so far, and how it is written into, and found again in, a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_obc.callbacks.held import HeldWeights
+from lightning_obc.callbacks.timetable import Timetable
+from lightning_obc.errors import FingerprintError
+from lightning_obc.report import LayerReport, StageReport
+from lightning_obc.specs import Stage
+
+PREFIX = "OBCCallback-"
+
+
+@dataclass
+class RunState:
+    """The part of the callback that belongs to one model.
+
+    Attributes:
+        timetable: Which stages are done.
+        held: Masks and grids that training must keep.
+        reports: One report per finished stage; without solutions after a resume.
+        dense: Validation figures of the model before the first stage.
+        dense_when: When they were measured.
+        dense_step: Optimizer steps at that time.
+    """
+
+    timetable: Timetable
+    held: HeldWeights = field(default_factory=HeldWeights)
+    reports: list[StageReport] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+    dense_when: str = ""
+    dense_step: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only."""
+        return {
+            "version": 1,
+            "stages": [repr(stage) for stage in self.timetable.stages],
+            "done": list(self.timetable.done),
+            "layers": self.held.state_dict(),
+            "reports": [report.to_dict() for report in self.reports],
+            "dense": dict(self.dense),
+            "dense_when": self.dense_when,
+            "dense_step": self.dense_step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a written state whose finished stages are the first of ours.
+
+        Raises:
+            FingerprintError: The finished stages are others.
+        """
+        theirs = [state["stages"][index] for index in state["done"]]
+        ours = [repr(self.timetable.stages[i]) for i in state["done"] if i < len(self.timetable.stages)]
+        if theirs != ours:
+            raise FingerprintError(
+                "The checkpoint was compressed by another recipe",
+                got="; ".join(theirs),
+                expected=f"{'; '.join(map(repr, self.timetable.stages))} up to the same stage",
+                remedy="resume with the stages that have run already, followed by any others",
+            )
+        self.timetable.done = list(state["done"])
+        self.held.load_state_dict(state["layers"])
+        self.reports = [_report_from(entry) for entry in state["reports"]]
+        self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
+        self.dense_step = state["dense_step"]
+
+
+def _report_from(entry: Mapping[str, Any]) -> StageReport:
+    layers = [LayerReport(**(row | {"shape": tuple(row["shape"])})) for row in entry["layers"]]
+    return StageReport(entry["stage"], layers, entry["skipped"], {}, entry["samples"], entry["seconds"])
+
+
+def state_key(stages: Sequence[Stage]) -> str:
+    """One key per recipe: two callbacks of one Trainer must not share their state."""
+    return PREFIX + hashlib.sha256("; ".join(map(repr, stages)).encode()).hexdigest()[:12]
+
+
+def foreign_state(checkpoint: Mapping[str, Any], present: Sequence[str]) -> Mapping[str, Any] | None:
+    """The one state in a checkpoint that belongs to none of the callbacks present, or None.
+
+    A recipe that was changed has another key; Lightning would then drop its masks with no more than a warning.
+
+    Raises:
+        FingerprintError: There are several, so that it cannot be told whose they are.
+    """
+    states = {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key.startswith(PREFIX)}
+    orphans = [state for key, state in states.items() if key not in present]
+    if len(orphans) > 1:
+        raise FingerprintError(
+            "The checkpoint holds the states of several other compression recipes",
+            got="; ".join(str(state["stages"]) for state in orphans),
+            expected="the recipes that wrote the checkpoint",
+            remedy="give the Trainer the same callbacks as the run that is resumed",
+        )
+    return orphans[0] if orphans else None
