@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import singledispatch
 from typing import Any, Literal, Protocol
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration import calibration_batches, collect_hessians
-from lightning_obc.errors import LayerNotFoundError, NonFiniteError, PatternError, ScheduleError, SpecError
+from lightning_obc.errors import NonFiniteError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.layers import ProblemShape, adapter_for, select_layers, unsupported_layers
+from lightning_obc.layers import adapter_for, unsupported_layers
 from lightning_obc.obs import LayerSolution, prune, quantize
-from lightning_obc.obs.prune import check_fit
+from lightning_obc.planning import LayerPlan, StagePlan, check_schedule, plan_stage, weight_matrix, weight_shape
 from lightning_obc.report import CompressionReport, LayerReport, StageReport
 from lightning_obc.report.progress import shown
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
@@ -35,136 +34,6 @@ class LayerStore(Protocol):
     def load(self, name: str) -> LayerSolution | None: ...
 
     def save(self, name: str, solution: LayerSolution) -> None: ...
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """One layer of a plan: its problem and the float64 memory of its two-half statistic."""
-
-    name: str
-    module: nn.Module = field(repr=False)
-    shape: ProblemShape
-
-    @property
-    def hessian_bytes(self) -> int:
-        return 2 * 8 * self.shape.groups * self.shape.columns**2
-
-    @property
-    def sweep_flops(self) -> float:
-        """⅔·R·d³ per problem, the cost of a full elimination."""
-        return 2 / 3 * self.shape.groups * self.shape.rows * float(self.shape.columns) ** 3
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """What a stage will do, found out before anything is calibrated or changed."""
-
-    stage: Stage
-    layers: list[LayerPlan]
-    skipped: dict[str, str]
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {layer.name: layer.module for layer in self.layers}
-
-    @property
-    def hessian_bytes(self) -> int:
-        return sum(layer.hessian_bytes for layer in self.layers)
-
-    def __str__(self) -> str:
-        from lightning_obc.report import render
-
-        columns = ("layer", "type", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
-        rows = [
-            [
-                layer.name,
-                type(layer.module).__name__,
-                f"{layer.shape.groups} × {layer.shape.rows} × {layer.shape.columns}",
-                f"{layer.hessian_bytes / 2**20:.2f}",
-                f"{layer.sweep_flops / 1e9:.2f}",
-            ]
-            for layer in self.layers
-        ]
-        title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
-        left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
-        return "\n".join([render(title, columns, rows), *left])
-
-
-def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
-    """Select the layers of a stage and check everything that can be checked without data.
-
-    Raises:
-        LayerNotFoundError: A name, glob or type that matches nothing.
-        PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
-        NonFiniteError: NaN or Inf in a weight.
-    """
-    layers: list[LayerPlan] = []
-    skipped: dict[str, str] = {}
-    misfits: dict[str, PatternError] = {}
-    for name, module in select_layers(model, stage.layers, stage.exclude).items():
-        adapter = adapter_for(module)
-        assert adapter is not None
-        shape = adapter.shape(module)
-        try:
-            check_layer(stage, shape)
-        except PatternError as error:
-            misfits[name] = error
-            continue
-        layers.append(LayerPlan(name, module, shape))
-    if misfits and getattr(stage, "misfit", "error") == "error":
-        first = next(iter(misfits.values()))
-        got = "; ".join(f"{name}: {error.got}" for name, error in misfits.items())
-        raise PatternError(first.message, got=got, expected=first.expected, remedy=first.remedy)
-    skipped |= {name: f"{error.message}: {error.got}" for name, error in misfits.items()}
-    if not layers:
-        raise LayerNotFoundError(
-            f"{stage} has no layer to compress",
-            got=f"{len(skipped)} layers, all left out" if skipped else "no layer",
-            expected="at least one layer that the pattern fits",
-            remedy="choose other layers, another pattern or misfit",
-        )
-    _check_weights(layers)
-    return StagePlan(stage, layers, skipped)
-
-
-def _check_weights(layers: Sequence[LayerPlan]) -> None:
-    bad = [layer.name for layer in layers if not bool(torch.isfinite(_matrix(layer.module)).all())]
-    if bad:
-        raise NonFiniteError(
-            "Weights hold NaN or Inf",
-            got=f"layers {', '.join(bad)}",
-            expected="finite weights",
-            remedy="look for a diverged training run or a damaged checkpoint",
-        )
-
-
-def _matrix(module: nn.Module) -> Tensor:
-    adapter = adapter_for(module)
-    assert adapter is not None
-    return adapter.weight_matrix(module)
-
-
-@singledispatch
-def check_layer(stage: Stage, shape: ProblemShape) -> None:
-    """Raise :class:`PatternError` when a stage does not fit a layer. One implementation per stage type."""
-    raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
-
-
-@check_layer.register
-def _check_prune(stage: Prune, shape: ProblemShape) -> None:
-    check_fit(stage.parsed, shape.channels, stage.misfit)
-
-
-@check_layer.register
-def _check_quantize(stage: Quantize, shape: ProblemShape) -> None:
-    size = stage.parsed.group_size
-    if size is not None and shape.channels % size:
-        raise PatternError(
-            f"The grid {stage.parsed} does not fit the layer",
-            got=f"{shape.channels} input channels per group and kernel position, group_size {size}",
-            expected="a group size that divides the input channels",
-            remedy='exclude the layer, use another group_size, or set misfit="skip"',
-        )
 
 
 @singledispatch
@@ -281,12 +150,12 @@ def _run_layer(
 
 
 def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seconds: float, status: str) -> LayerReport:
-    weight = _matrix(layer.module)
+    weight = weight_matrix(layer.module)
     bits = weight.element_size() * 8
     return LayerReport(
         name=layer.name,
         type=type(layer.module).__name__,
-        shape=tuple(getattr(layer.module, "weight", weight).shape),
+        shape=tuple(weight_shape(layer.module)),
         stage=str(stage),
         sparsity=float((weight == 0).double().mean()),
         bits=bits if solution is None or solution.grid is None else solution.grid.spec.bits,
@@ -298,28 +167,6 @@ def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seco
         seconds=seconds,
         compressed=solution is not None,
     )
-
-
-def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
-    """Refuse recipes whose later stages would destroy what earlier ones made.
-
-    Raises:
-        ScheduleError: No stages, or a layer that is pruned after it was quantized.
-    """
-    if not stages:
-        raise ScheduleError("A recipe has no stages", got="[]", expected="at least one Prune or Quantize")
-    quantized: dict[str, str] = {}
-    for stage in stages:
-        names = set(select_layers(model, stage.layers, stage.exclude))
-        if isinstance(stage, Quantize):
-            quantized |= {name: str(stage) for name in names}
-        elif clash := sorted(names & set(quantized)):
-            raise ScheduleError(
-                f"{stage} comes after a quantization of the same layers",
-                got=", ".join(clash),
-                expected="pruning before quantization, so that weights stay on their grid",
-                remedy="put the Prune stage first",
-            )
 
 
 def compress(

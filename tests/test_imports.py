@@ -31,11 +31,34 @@ ALLOWED: dict[str, set[str]] = {
     "export": LEAVES | {"layers", "obs", "activations"},
     "report": LEAVES | {"layers", "obs"},
     "metrics": LEAVES | {"layers", "obs"},
+    "planning": LEAVES | {"layers", "obs", "report"},
     "pipeline": LEAVES
-    | {"layers", "calibration", "obs", "baselines", "correction", "activations", "report", "metrics", "export"},
+    | {
+        "planning",
+        "layers",
+        "calibration",
+        "obs",
+        "baselines",
+        "correction",
+        "activations",
+        "report",
+        "metrics",
+        "export",
+    },
     "callbacks": LEAVES
-    | {"pipeline", "metrics", "report", "export", "layers", "calibration", "correction", "activations", "obs"},
-    "cli": LEAVES | {"callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
+    | {
+        "planning",
+        "pipeline",
+        "metrics",
+        "report",
+        "export",
+        "layers",
+        "calibration",
+        "correction",
+        "activations",
+        "obs",
+    },
+    "cli": LEAVES | {"planning", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
 }
 HEAVY_OWNERS = {"lightning": {"callbacks", "cli"}, "torchmetrics": {"metrics", "callbacks"}}
 

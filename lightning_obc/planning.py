@@ -1,0 +1,185 @@
+"""What a stage will do, found out before anything is calibrated or changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import singledispatch
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.errors import (
+    LayerNotFoundError,
+    NonFiniteError,
+    PatternError,
+    ScheduleError,
+    SpecError,
+    UnsupportedLayerError,
+)
+from lightning_obc.layers import LayerAdapter, ProblemShape, adapter_for, reason_unsupported, select_layers
+from lightning_obc.obs.prune import check_fit
+from lightning_obc.specs import Prune, Quantize, Stage
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer of a plan: its problem and the float64 memory of its two-half statistic."""
+
+    name: str
+    module: nn.Module = field(repr=False)
+    shape: ProblemShape
+
+    @property
+    def hessian_bytes(self) -> int:
+        return 2 * 8 * self.shape.groups * self.shape.columns**2
+
+    @property
+    def sweep_flops(self) -> float:
+        """⅔·R·d³ per problem, the cost of a full elimination."""
+        return 2 / 3 * self.shape.groups * self.shape.rows * float(self.shape.columns) ** 3
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage will do, found out before anything is calibrated or changed."""
+
+    stage: Stage
+    layers: list[LayerPlan]
+    skipped: dict[str, str]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {layer.name: layer.module for layer in self.layers}
+
+    @property
+    def hessian_bytes(self) -> int:
+        return sum(layer.hessian_bytes for layer in self.layers)
+
+    def __str__(self) -> str:
+        from lightning_obc.report import render
+
+        columns = ("layer", "type", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
+        rows = [
+            [
+                layer.name,
+                type(layer.module).__name__,
+                f"{layer.shape.groups} × {layer.shape.rows} × {layer.shape.columns}",
+                f"{layer.hessian_bytes / 2**20:.2f}",
+                f"{layer.sweep_flops / 1e9:.2f}",
+            ]
+            for layer in self.layers
+        ]
+        title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
+        left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
+        return "\n".join([render(title, columns, rows), *left])
+
+
+def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
+    """Select the layers of a stage and check everything that can be checked without data.
+
+    Raises:
+        LayerNotFoundError: A name, glob or type that matches nothing.
+        PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
+        NonFiniteError: NaN or Inf in a weight.
+    """
+    layers: list[LayerPlan] = []
+    skipped: dict[str, str] = {}
+    misfits: dict[str, PatternError] = {}
+    for name, module in select_layers(model, stage.layers, stage.exclude).items():
+        shape = _adapter(module).shape(module)
+        try:
+            check_layer(stage, shape)
+        except PatternError as error:
+            misfits[name] = error
+            continue
+        layers.append(LayerPlan(name, module, shape))
+    if misfits and getattr(stage, "misfit", "error") == "error":
+        first = next(iter(misfits.values()))
+        got = "; ".join(f"{name}: {error.got}" for name, error in misfits.items())
+        raise PatternError(first.message, got=got, expected=first.expected, remedy=first.remedy)
+    skipped |= {name: f"{error.message}: {error.got}" for name, error in misfits.items()}
+    if not layers:
+        raise LayerNotFoundError(
+            f"{stage} has no layer to compress",
+            got=f"{len(skipped)} layers, all left out" if skipped else "no layer",
+            expected="at least one layer that the pattern fits",
+            remedy="choose other layers, another pattern or misfit",
+        )
+    _check_weights(layers)
+    return StagePlan(stage, layers, skipped)
+
+
+def _check_weights(layers: Sequence[LayerPlan]) -> None:
+    bad = [layer.name for layer in layers if not bool(torch.isfinite(weight_matrix(layer.module)).all())]
+    if bad:
+        raise NonFiniteError(
+            "Weights hold NaN or Inf",
+            got=f"layers {', '.join(bad)}",
+            expected="finite weights",
+            remedy="look for a diverged training run or a damaged checkpoint",
+        )
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """A copy of a layer's weight as ``[g, R, d]``."""
+    return _adapter(module).weight_matrix(module)
+
+
+def weight_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of a layer's weight in the module's own layout."""
+    return tuple(_adapter(module).weight(module).shape)
+
+
+def _adapter(module: nn.Module) -> LayerAdapter:
+    adapter = adapter_for(module)
+    if adapter is None:
+        raise UnsupportedLayerError(
+            "A module cannot be compressed", got=reason_unsupported(module), remedy="register an adapter for it"
+        )
+    return adapter
+
+
+@singledispatch
+def check_layer(stage: Stage, shape: ProblemShape) -> None:
+    """Raise :class:`PatternError` when a stage does not fit a layer. One implementation per stage type."""
+    raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
+
+
+@check_layer.register
+def _check_prune(stage: Prune, shape: ProblemShape) -> None:
+    check_fit(stage.parsed, shape.channels, stage.misfit)
+
+
+@check_layer.register
+def _check_quantize(stage: Quantize, shape: ProblemShape) -> None:
+    size = stage.parsed.group_size
+    if size is not None and shape.channels % size:
+        raise PatternError(
+            f"The grid {stage.parsed} does not fit the layer",
+            got=f"{shape.channels} input channels per group and kernel position, group_size {size}",
+            expected="a group size that divides the input channels",
+            remedy='exclude the layer, use another group_size, or set misfit="skip"',
+        )
+
+
+def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
+    """Refuse recipes whose later stages would destroy what earlier ones made.
+
+    Raises:
+        ScheduleError: No stages, or a layer that is pruned after it was quantized.
+    """
+    if not stages:
+        raise ScheduleError("A recipe has no stages", got="[]", expected="at least one Prune or Quantize")
+    quantized: dict[str, str] = {}
+    for stage in stages:
+        names = set(select_layers(model, stage.layers, stage.exclude))
+        if isinstance(stage, Quantize):
+            quantized |= {name: str(stage) for name in names}
+        elif clash := sorted(names & set(quantized)):
+            raise ScheduleError(
+                f"{stage} comes after a quantization of the same layers",
+                got=", ".join(clash),
+                expected="pruning before quantization, so that weights stay on their grid",
+                remedy="put the Prune stage first",
+            )
