@@ -18,7 +18,7 @@ from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.obs.structured import structured_order
 from lightning_obc.obs.sweep import existing_zeros, solve_mask, sweep_prepared
-from lightning_obc.specs import NM, Misfit, Pattern, Selection, Structured, Unstructured, parse_pattern
+from lightning_obc.specs import NM, Block, Misfit, Pattern, Selection, Structured, Unstructured, parse_pattern
 
 
 def prune(
@@ -94,7 +94,7 @@ def group_size(pattern: Pattern) -> int:
     """Consecutive input channels that a pattern ties together."""
     if isinstance(pattern, NM):
         return pattern.m
-    return 1
+    return pattern.size if isinstance(pattern, Block) else 1
 
 
 def check_fit(pattern: Pattern, channels: int, misfit: Misfit) -> None:

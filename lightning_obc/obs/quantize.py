@@ -50,22 +50,31 @@ def quantize(
     spec = parse_grid(grid)
     backend = obs_sweep.resolve_backend(backend, weight.device.type)
     channels = check_channels(weight.shape[-1], channels)
-    if mask is not None and mask.shape != weight.shape:
-        raise ShapeError("Mask and weight differ in shape", got=tuple(mask.shape), expected=str(tuple(weight.shape)))
+    check_mask(mask, weight)
 
     def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
         problem = prepare(rows, half, damping)
-        keep = _rows_of_mask(mask, weight, rows)
+        keep = rows_of_mask(mask, weight, rows)
         return quantize_prepared(problem, spec, keep, channels, backend, memory_budget)
 
     return with_damping(weight, hessian, damping, solve)
 
 
-def _rows_of_mask(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, weight: Tensor) -> None:
+    """Raise ShapeError unless ``mask`` is None or a bool tensor of the shape of ``weight``."""
+    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+        raise ShapeError(
+            "A mask does not belong to its weight",
+            got=f"{tuple(mask.shape)} {mask.dtype}",
+            expected=f"{tuple(weight.shape)} torch.bool",
+        )
+
+
+def rows_of_mask(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | None:
     """The mask ``[g, R', d]`` for ``rows``, which may be a sample of the weight's rows."""
     if mask is None or bool(mask.all()):
         return None
-    batched = mask if mask.dim() == 3 else mask[None]
+    batched = (mask if mask.dim() == 3 else mask[None]).to(weight.device)
     whole = rows.shape == weight.shape
     return batched if whole else sample_rows(batched)
 

@@ -1,0 +1,95 @@
+"""GPTQ (Frantar et al., arXiv 2210.17323): quantization in one fixed column order for all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_obc.baselines.columns import ColumnOrder, column_order, eliminate, upper_factor
+from lightning_obc.baselines.rounding import quantized_solution, zero_codes
+from lightning_obc.baselines.units import Unit, units_of
+from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.grids import Grid
+from lightning_obc.obs.problem import HessianLike, prepare
+from lightning_obc.obs.prune import check_channels, with_damping
+from lightning_obc.obs.quantize import check_mask, rows_of_mask
+from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.specs import IntGrid, parse_grid
+
+
+class GridRule:
+    """Fixes every column at its nearest grid point, and at 0 where ``keep`` is False.
+
+    Args:
+        grid: The fitted grid, in the original order of the columns.
+        order: The order of elimination.
+        keep: ``[g, R, d]`` bool in the original order, or None.
+    """
+
+    def __init__(self, grid: Grid, order: ColumnOrder, keep: Tensor | None) -> None:
+        columns = order.columns.shape[1]
+
+        def ordered(tensor: Tensor) -> Tensor:
+            return order.take(tensor).mT.contiguous()
+
+        self.scale = ordered(grid.expand(grid.scale, columns))
+        self.zero = ordered(grid.expand(grid.zero_point, columns))
+        self.keep = None if keep is None else ordered(keep)
+        self.max_code = grid.max_code
+
+    def begin_block(self, units: Sequence[Unit], weight: Tensor) -> None:
+        """Nothing to choose."""
+
+    def begin_unit(self, unit: Unit, weight: Tensor) -> None:
+        """Nothing to choose."""
+
+    def target(self, column: int, current: Tensor) -> Tensor:
+        scale, zero = self.scale[:, column], self.zero[:, column]
+        point = (torch.clamp(torch.round(current / scale) + zero, 0, self.max_code) - zero) * scale
+        return point if self.keep is None else torch.where(self.keep[:, column], point, 0.0)
+
+
+def gptq(
+    weight: Tensor,
+    hessian: HessianLike,
+    grid: IntGrid | int,
+    *,
+    mask: Tensor | None = None,
+    channels: int | None = None,
+    damping: float | str = 0.01,
+    act_order: bool = False,
+    block: int = 128,
+) -> LayerSolution:
+    """Round column after column, the later columns compensating.
+
+    Args:
+        weight: ``[R, d]`` or ``[g, R, d]``.
+        hessian: Undamped ``[d, d]``, ``[g, d, d]``, or the two-half statistic.
+        grid: Bit width or grid; its scales are fitted to ``weight`` first, as in :func:`lightning_obc.obs.quantize`.
+        mask: Same shape as ``weight``, True = kept. The rest is fixed at exactly ``+0.0`` when its column comes.
+        channels: Input channels per kernel position.
+        damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"``.
+        act_order: Columns by descending ``diag H`` instead of ascending index.
+        block: Columns per lazy update.
+
+    Raises:
+        PatternError, ShapeError, NonFiniteError, NotPositiveDefiniteError: See :func:`lightning_obc.obs.quantize`.
+    """
+    spec = parse_grid(grid)
+    channels = check_channels(weight.shape[-1], channels)
+    check_mask(mask, weight)
+
+    def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
+        problem = prepare(rows, half, damping)
+        keep = rows_of_mask(mask, weight, rows)
+        start = problem.weight
+        fitted = fit_grid(start if keep is None else start * keep, spec, channels=channels, hessian=problem.damped)
+        order = column_order(problem, units_of(start.shape[-1], channels, 1), act_order)
+        fixed = eliminate(upper_factor(problem, order), start, order, GridRule(fitted, order, keep), block)
+        # The fixed values are grid points, so encoding them again is exact.
+        codes = zero_codes(fitted, fitted.encode(fixed), keep)
+        return quantized_solution(problem, fitted, codes, keep, "gptq")
+
+    return with_damping(weight, hessian, damping, solve)
