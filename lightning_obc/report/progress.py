@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Progress = Callable[[str, float, float], None]
 
@@ -16,22 +20,34 @@ def shown(progress: Progress | bool) -> Iterator[Progress | None]:
     elif not progress:
         yield None
     else:
+        bar = _Bar()
+        try:
+            yield bar.update
+        finally:
+            bar.close()
+
+
+class _Bar:
+    """One tqdm bar at a time: calibration and solving count different units of work."""
+
+    def __init__(self) -> None:
+        self.phase = ""
+        self.bar: tqdm | None = None
+
+    def update(self, description: str, completed: float, total: float) -> None:
         from tqdm.auto import tqdm
 
-        bars: dict[str, tqdm] = {}
+        phase = description.partition(":")[0]
+        if phase != self.phase or self.bar is None:
+            self.close()
+            layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} < {remaining} left"
+            self.bar, self.phase = tqdm(total=total or None, bar_format=layout if total else None), phase
+        self.bar.set_description_str(description, refresh=False)
+        self.bar.update(completed - self.bar.n)
+        if total and completed >= total:
+            self.close()
 
-        def update(description: str, completed: float, total: float) -> None:
-            # One bar for each phase: calibration and solving have different units of work.
-            phase = description.partition(":")[0]
-            if phase not in bars:
-                bars[phase] = tqdm(
-                    total=total, desc=description, bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}"
-                )
-            bars[phase].set_description_str(description, refresh=False)
-            bars[phase].update(completed - bars[phase].n)
-
-        try:
-            yield update
-        finally:
-            for bar in bars.values():
-                bar.close()
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None

@@ -51,13 +51,15 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError:
         return markdown(title, columns, rows)
-    table = Table(title=title, title_justify="left")
+    # Text objects, because Rich would read square brackets in strings as markup.
+    table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        table.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     # Wide enough for every cell: a table in a log file must not depend on the terminal it was started from.
     widths = [max(len(str(cell)) for cell in cells) for cells in zip(columns, *rows, strict=True)]
     console = Console(width=max(len(title), sum(widths) + 3 * len(widths) + 1), color_system=None, record=False)
