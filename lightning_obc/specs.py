@@ -9,6 +9,7 @@ from typing import Literal, Union
 
 from lightning_obc.errors import SpecError
 from lightning_obc.schedules import At, Gradual, check_at, times
+from lightning_obc.solvers import PruneSolver, QuantizeSolver, Refine, check_solver, parse_refine
 
 Granularity = Literal["tensor", "channel", "group"]
 RangeSearch = Literal["minmax", "mse", "hessian"]
@@ -247,6 +248,17 @@ def _check_damping(damping: Union[str, float]) -> None:
         raise SpecError("damping is not possible", got=damping, expected="a finite number >= 0")
 
 
+def check_refinable(pattern: Pattern, refine: Refine | None) -> None:
+    """Raise SpecError when masks of a pattern cannot be refined."""
+    if refine is not None and not isinstance(pattern, (Unstructured, NM)):
+        raise SpecError(
+            "This pattern cannot be refined",
+            got=str(pattern),
+            expected="an unstructured or N:M pattern",
+            remedy="drop refine",
+        )
+
+
 def _check_schedule(stage: Prune) -> None:
     if stage.schedule is None:
         return
@@ -286,6 +298,9 @@ class Prune(Stage):
         misfit: What to do with a layer whose input channels do not divide by the pattern's group.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         schedule: Reach the pattern's sparsity in several steps. Needs ``at`` to be an epoch or a step.
+        solver: ``"obs"``, or another method for comparison.
+        refine: Swap kept for removed weights afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
+            Unstructured and N:M patterns only.
     """
 
     pattern: Union[str, float, NM, Pattern]
@@ -297,12 +312,16 @@ class Prune(Stage):
     misfit: Misfit = "error"
     backend: str = "auto"
     schedule: Gradual | None = None
+    solver: PruneSolver = "obs"
+    refine: Union[bool, Refine] = False
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
         check_at(self.at)
         _check_damping(self.damping)
         _check_schedule(self)
+        check_solver(self.solver, self.refine, quantize=False)
+        check_refinable(self.parsed, parse_refine(self.refine))
 
     @property
     def parsed(self) -> Pattern:
@@ -342,6 +361,8 @@ class Quantize(Stage):
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         after: What training does with the weights once they are quantized: ``"freeze"`` keeps them as they are,
             ``"train"`` goes on training them with a straight-through estimator, always on their grid.
+        solver: ``"obs"``, or another method for comparison.
+        refine: Coordinate descent on the codes afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)
@@ -352,11 +373,14 @@ class Quantize(Stage):
     misfit: Misfit = "error"
     backend: str = "auto"
     after: Literal["freeze", "train"] = "freeze"
+    solver: QuantizeSolver = "obs"
+    refine: Union[bool, Refine] = False
 
     def __post_init__(self) -> None:
         parse_grid(self.grid)
         check_at(self.at)
         _check_damping(self.damping)
+        check_solver(self.solver, self.refine, quantize=True)
         if self.after not in ("freeze", "train"):
             raise SpecError("Quantize.after is unknown", got=repr(self.after), expected='"freeze" or "train"')
 
