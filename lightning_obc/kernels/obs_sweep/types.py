@@ -21,6 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# A clipped weight is an outlier when its error exceeds half a step by more than this, relative. Symmetric min-max grids
+# put the largest positive weight exactly half a step outside, where rounding must not decide.
+OUTLIER_TOLERANCE = 1e-5
+
 
 @dataclass(frozen=True)
 class SweepInput:
@@ -28,7 +32,7 @@ class SweepInput:
 
     Attributes:
         weight: ``[g, R, d]`` float32 or float64, the precision of the sweep.
-        inverse: ``[g, d, d]`` same dtype: ``G``, symmetric, from a float64 factorisation, shared by the rows of a problem.
+        inverse: ``[g, d, d]`` same dtype: ``G``, symmetric, from a float64 factorisation, shared by a problem's rows.
         hessian: ``[g, d, d]`` float64: the *damped* ``H``, for refreshes in mid-sweep (``G_UU = H_UU⁻¹``).
         keep: ``[g, R, d]`` bool or None. Where False the weight is already zero: those columns are eliminated
             before anything else, at the target 0, in ascending column order, and stay zero.
@@ -67,6 +71,25 @@ class GridInput:
     scale: Tensor
     zero_point: Tensor
     max_code: int
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A checked problem, as every backend receives it.
+
+    Attributes:
+        problem: Contiguous or not; shapes, dtypes and devices belong together, all values finite.
+        groups: Of an N:M sweep, otherwise None.
+        grid: Of a quantization sweep, otherwise None.
+        steps: ``T``: the most steps a row can make.
+        memory_budget: Bytes of working memory above inputs and outputs. One row at a time is always allowed.
+    """
+
+    problem: SweepInput
+    groups: NMGroups | None
+    grid: GridInput | None
+    steps: int
+    memory_budget: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""The CPU default: rows in parallel threads, each a compiled sweep in its own cache (see :mod:`.rows`).
+
+The compiled code releases the GIL and plain Python threads drive it, so that nothing depends on numba's threading
+layers: calls from several threads, and from forked children, are safe.
+"""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_obc.kernels.obs_sweep import rows as kernel
+from lightning_obc.kernels.obs_sweep.dispatch import empty_output
+from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
+from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, SweepOutput, SweepPlan
+
+_NARROW, _NARROW_STEPS, _STEPS = 700, 32, 64
+_WORN_FLOAT32 = 150.0
+
+
+def sweep(plan: SweepPlan) -> SweepOutput:
+    """Run the plan on the CPU."""
+    out = empty_output(plan)
+    rows, columns = out.order.shape[0] * out.order.shape[1], plan.problem.weight.shape[2]
+    problem, result = _problem(plan), _result(out, columns)
+    options = _options(plan)
+    threads = _threads(rows, columns, problem.weight.itemsize, plan.memory_budget)
+    block = max(1, min(rows // (4 * threads), 10**8 // columns**3))
+    starts = itertools.count(0, block)
+
+    def work() -> None:
+        scratch = _scratch(columns, len(problem.quota), problem.weight.dtype)
+        for start in iter(lambda: next(starts), None):
+            if start >= rows:
+                return
+            kernel.sweep_rows(start, min(start + block, rows), problem, result, scratch, options)
+
+    if threads == 1:
+        work()
+    else:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(work) for _ in range(threads - 1)]
+            work()
+            for other in others:
+                other.result()
+    # A pivot that overflowed leaves its trace in the losses.
+    out.broken.logical_or_(~torch.isfinite(out.losses).all(-1))
+    return out
+
+
+def _threads(rows: int, columns: int, itemsize: int, budget: int) -> int:
+    """As many threads as torch uses, as far as their working memory fits the budget."""
+    each = packed_size(columns) * (itemsize + 8) + _STEPS * padded(columns) * (itemsize + 8)
+    return max(1, min(torch.get_num_threads(), rows, budget // each))
+
+
+def _problem(plan: SweepPlan) -> kernel.Problem:
+    source = plan.problem
+    groups, _, columns = source.weight.shape
+    inverse = source.inverse.detach().contiguous().numpy()
+    packed = np.empty((groups, packed_size(columns)), inverse.dtype)
+    for g in range(groups):
+        pack(inverse[g], packed[g])
+    dtype = inverse.dtype
+    none = np.zeros((0, columns), dtype)
+    zeros = np.zeros((0, columns), np.bool_) if source.keep is None else _flat(~source.keep)
+    scale, zero_point = (none, none) if plan.grid is None else (_flat(plan.grid.scale), _flat(plan.grid.zero_point))
+    hessian = source.hessian.detach().contiguous().numpy()
+    return kernel.Problem(_flat(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
+
+
+def _flat(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().contiguous().reshape(-1, tensor.shape[-1]).numpy()
+
+
+def _groups(plan: SweepPlan) -> tuple[NDArray[np.int32], ...]:
+    """Group of every column, columns sorted by group, where each group starts, and its quota."""
+    if plan.groups is None:
+        return (np.zeros(0, np.int32),) * 4
+    group, quota = plan.groups.column_group.numpy(), plan.groups.quota.numpy()
+    members = np.argsort(group, kind="stable")
+    first = np.searchsorted(group[members], np.arange(len(quota) + 1))
+    return tuple(np.ascontiguousarray(part, np.int32) for part in (group, members, first, quota))
+
+
+def _result(out: SweepOutput, columns: int) -> kernel.Result:
+    """Views of the output tensors: the kernel writes into them."""
+    codes = torch.empty(0, columns, dtype=torch.uint8) if out.codes is None else out.codes
+    order, losses = _flat(out.order), _flat(out.losses)
+    return kernel.Result(order, losses, out.count.view(-1).numpy(), out.broken.view(-1).numpy(), _flat(codes))
+
+
+def _options(plan: SweepPlan) -> kernel.Options:
+    numpy_dtype = np.dtype(str(plan.problem.weight.dtype).removeprefix("torch."))
+    scalar = numpy_dtype.type
+    info = np.finfo(numpy_dtype)
+    return kernel.Options(
+        rows=plan.problem.weight.shape[1],
+        quantize=plan.grid is not None,
+        max_code=scalar(0 if plan.grid is None else plan.grid.max_code),
+        outlier=scalar((0.5 * (1 + OUTLIER_TOLERANCE)) ** 2),
+        big=scalar(info.max / 4),
+        zero=scalar(0),
+        half=scalar(0.5),
+        one=scalar(1),
+        worn=scalar(_WORN_FLOAT32 * np.finfo(np.float32).eps / info.eps),
+        steps=_STEPS,
+        narrow_steps=_NARROW_STEPS,
+        narrow=_NARROW,
+        flush_width=flush_columns(numpy_dtype),
+        panel_width=panel_columns(numpy_dtype),
+        flush_width64=flush_columns(np.dtype(np.float64)),
+        panel_width64=panel_columns(np.dtype(np.float64)),
+    )
+
+
+def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
+    """Memory of one thread. The float64 part stays untouched, and so unallocated, until a row restarts."""
+    size, length = packed_size(columns), padded(columns)
+
+    def floats() -> NDArray[Any]:
+        return np.zeros(length, dtype)
+
+    def integers(count: int = length) -> NDArray[np.int32]:
+        return np.zeros(count, np.int32)
+
+    return kernel.Scratch(
+        packed=_aligned(size, dtype),
+        panel=_aligned(_STEPS * length, dtype),
+        packed64=_aligned(size, np.dtype(np.float64)),
+        panel64=_aligned(_NARROW_STEPS * length, np.dtype(np.float64)),
+        weight=floats(),
+        diagonal=floats(),
+        reference=floats(),
+        penalty=floats(),
+        score=floats(),
+        chunk_best=floats(),
+        scale=floats(),
+        inverse_scale=floats(),
+        zero_point=floats(),
+        right=np.zeros(length),
+        unit=np.zeros(length),
+        column=integers(),
+        position=integers(),
+        leaving=integers(),
+        zeros=integers(),
+        free=integers(),
+        fixed=np.zeros(length, np.bool_),
+        target=np.zeros(length),
+        made=integers(groups),
+    )
+
+
+def _aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Uninitialised memory that starts at a cache line, so that no tile straddles one."""
+    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * dtype.itemsize].view(dtype)

@@ -1,0 +1,132 @@
+"""Symmetric matrices in packed column blocks, and the panel steps on them (numba).
+
+Layout. Only the upper triangle of ``G`` is kept, in column blocks of ``WIDTH``: block ``k`` holds the columns
+``k·WIDTH …`` for the rows ``0 … (k+1)·WIDTH``, row after row. Walking down a column, and updating a column block tile
+by tile, both read memory forwards, at half the size of the full matrix. A panel of pivot columns ``V`` is kept in
+chunks of ``CHUNK`` positions, ``[chunk][step][CHUNK]``, the shape in which the tiles read it.
+
+Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's earlier columns; at the panel's end
+:func:`flush`, ``G -= V Vᵀ``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
+
+Array = NDArray[np.floating]
+WIDTH = 32
+CHUNK = 128
+
+# Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen.
+STRICT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
+_jit = numba.njit(**STRICT)
+_inline = numba.njit(inline="always", **STRICT)
+
+
+def packed_size(columns: int) -> int:
+    """Elements of a packed symmetric matrix."""
+    blocks = -(-columns // WIDTH)
+    return WIDTH * WIDTH * blocks * (blocks + 1) // 2
+
+
+def padded(columns: int) -> int:
+    """Columns rounded up to whole chunks."""
+    return -(-columns // CHUNK) * CHUNK
+
+
+@_inline
+def at(row: int, column: int) -> int:
+    """Offset of the element ``row <= column``."""
+    block = column // WIDTH
+    return WIDTH * WIDTH * block * (block + 1) // 2 + row * WIDTH + column % WIDTH
+
+
+@_inline
+def panel_at(position: int, step: int, steps: int) -> int:
+    """Offset in a panel of ``steps`` columns."""
+    return (position // CHUNK * steps + step) * CHUNK + position % CHUNK
+
+
+@_jit
+def pack(matrix: Array, packed: Array) -> None:
+    """Copy the upper triangle of ``[d, d]`` into its packed form; the padding becomes 0."""
+    size = matrix.shape[0]
+    packed[:] = 0
+    for row in range(size):
+        for column in range(row, size):
+            packed[at(row, column)] = matrix[row, column]
+
+
+@_jit
+def gather(packed: Array, size: int, pivot: int, panel: Array, step: int, steps: int) -> None:
+    """Column ``pivot`` of the leading ``size`` rows into the panel, zeros behind it up to the end of its chunk."""
+    start = at(0, pivot)
+    for row in range(pivot):
+        panel[panel_at(row, step, steps)] = packed[start + row * WIDTH]
+    for block in range(pivot // WIDTH, (size + WIDTH - 1) // WIDTH):
+        first = max(pivot, block * WIDTH)
+        last = min(size, (block + 1) * WIDTH)
+        source, target = at(pivot, first), panel_at(first, step, steps)
+        for k in range(last - first):
+            panel[target + k] = packed[source + k]
+    end = (size + CHUNK - 1) // CHUNK * CHUNK
+    for row in range(size, end):
+        panel[panel_at(row, step, steps)] = 0
+
+
+@_inline
+def correct(panel: Array, chunk: int, pivot: int, step: int, steps: int, tile: int) -> None:
+    """Subtract what the panel's earlier columns hold of the column at ``step``, in one chunk."""
+    if step > 0:
+        own, left = panel_at(chunk * CHUNK, step, steps), panel_at(pivot, 0, steps)
+        first = panel_at(chunk * CHUNK, 0, steps)
+        for k in range(0, CHUNK, tile):
+            panel_tile(panel, own + k, 0, panel, own + k, 0, panel, left, CHUNK, panel, first + k, CHUNK, step)
+
+
+@_jit
+def flush(source: Array, target: Array, size: int, panel: Array, depth: int, steps: int, tile: int) -> None:
+    """``target = source - V Vᵀ`` on the leading ``size`` rows, with the first ``depth`` columns of the panel."""
+    for block in range((size + WIDTH - 1) // WIDTH):
+        for column in range(block * WIDTH, (block + 1) * WIDTH, tile):
+            start, right = at(0, column), panel_at(column, 0, steps)
+            for row in range(0, min(column + tile, (block + 1) * WIDTH), FLUSH_ROWS):
+                here, left = start + row * WIDTH, panel_at(row, 0, steps)
+                flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
+
+
+@_jit
+def invert_(packed: Array, size: int, panel: Array, steps: int, flush_width: int, panel_width: int) -> int:
+    """Replace a packed positive definite matrix of unit diagonal by *minus* its inverse (Gauss-Jordan, in panels).
+
+    Pivot ``p`` turns ``a_pp`` into ``-1/a_pp``, its column into ``a_ip/a_pp`` and the rest into
+    ``a_ij - a_ip a_pj/a_pp``. Putting ``√a_pp - 1/√a_pp`` at ``p`` of the scaled pivot column makes one symmetric
+    rank-1 update do all of it, but for ``a_pp``, which ends 2 too high.
+
+    Returns:
+        0, or 1 + the first pivot that is not positive.
+    """
+    for first in range(0, size, steps):
+        depth = min(steps, size - first)
+        for step in range(depth):
+            pivot = first + step
+            gather(packed, size, pivot, panel, step, steps)
+            for chunk in range((size + CHUNK - 1) // CHUNK):
+                correct(panel, chunk, pivot, step, steps, panel_width)
+            here = panel_at(pivot, step, steps)
+            if not panel[here] > 0:
+                return 1 + pivot
+            root = np.sqrt(panel[here])
+            for row in range(size):
+                panel[panel_at(row, step, steps)] /= root
+            panel[here] = root - 1 / root
+        flush(packed, packed, size, panel, depth, steps, flush_width)
+        for pivot in range(first, first + depth):
+            packed[at(pivot, pivot)] -= 2
+    return 0
