@@ -102,6 +102,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     fitting = trainer.state.fn == TrainerFn.FITTING
     owner, slot = (trainer.fit_loop.epoch_loop, "val_loop") if fitting else (trainer, "validate_loop")
     original: _EvaluationLoop = getattr(owner, slot)
+    if not original._data_source.is_defined():
+        return {}
     fn = TrainerFn.FITTING if fitting else TrainerFn.VALIDATING
     loop = _EvaluationLoop(trainer, fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
     loop._data_source = original._data_source

@@ -1,0 +1,118 @@
+"""``lightning-obc``: LightningCLI's ``fit``, ``validate``, ``test`` and ``predict``, and ``compress``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, Optional, Union
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+
+from lightning_obc.callbacks import OBCCallback
+from lightning_obc.errors import ScheduleError
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+
+class OBCTrainer(Trainer):
+    """A Trainer that can also compress a model without training it."""
+
+    def compress(
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[str] = None,
+        stages: Optional[list[Union[Prune, Quantize, Stage]]] = None,
+        calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
+        on_failure: Literal["keep", "raise"] = "keep",
+        output: Union[bool, str] = True,
+        weights_only: Optional[bool] = None,
+    ) -> OBCCallback:
+        """Compress a trained model in one validation run, and compare it with the dense one.
+
+        Args:
+            model: The model; its weights come from ``ckpt_path`` when that is given.
+            dataloaders: Validation data, when there is no datamodule.
+            datamodule: Validation and calibration data.
+            ckpt_path: Checkpoint with the trained weights.
+            stages: What to do, in order; ``at`` is ignored. By default the stages of the ``OBCCallback`` among the
+                Trainer's callbacks, so that the configuration of a training run serves here too.
+            calibration: How much data to calibrate on (that of the ``OBCCallback`` when the stages are its own).
+            on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
+            output: Where the compressed checkpoint goes: true for ``compressed.ckpt`` among the logs, a path, or false.
+            weights_only: Passed on to ``Trainer.validate``.
+
+        Returns:
+            The callback that did the work; its ``report`` holds the figures.
+
+        Raises:
+            ScheduleError: There are no stages, neither here nor in a callback.
+        """
+        present: list[OBCCallback] = [c for c in vars(self)["callbacks"] if isinstance(c, OBCCallback)]
+        callback = _validating(present, stages, calibration, on_failure, output)
+        saved = vars(self)["callbacks"]
+        self.callbacks = [c for c in saved if c not in present] + [callback]
+        try:
+            self.validate(
+                model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
+            )
+        finally:
+            self.callbacks = saved
+        return callback
+
+
+def _validating(
+    present: Sequence[OBCCallback],
+    stages: Optional[Sequence[Stage]],
+    calibration: Calibration,
+    on_failure: Literal["keep", "raise"],
+    output: Union[bool, str],
+) -> OBCCallback:
+    """A callback that runs the given stages, or those of the Trainer's own callback, during validation."""
+    if stages is None and len(present) == 1:
+        stages, calibration, on_failure = present[0].stages, present[0].calibration, present[0].on_failure
+    if not stages:
+        raise ScheduleError(
+            "There is nothing to compress with",
+            got=f"no stages, {len(present)} OBCCallbacks",
+            expected="stages, or one OBCCallback in trainer.callbacks",
+            remedy="write compress.stages in the configuration",
+        )
+    return OBCCallback([_at_validate(stage) for stage in stages], calibration, on_failure, save_checkpoint=output)
+
+
+def _at_validate(stage: Any) -> Stage:
+    changes: dict[str, Any] = {"at": "validate"}
+    if isinstance(stage, Prune):
+        changes["schedule"] = None
+    return replace(stage, **changes)
+
+
+class OBCCLI(LightningCLI):
+    """LightningCLI with the subcommand ``compress``."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, with the arguments that do not come from the command line."""
+        return {**LightningCLI.subcommands(), "compress": {"model", "dataloaders", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.set_defaults({"trainer.logger": False})
+
+
+def main(args: ArgsType = None) -> OBCCLI:
+    """Entry point of the console script ``lightning-obc``.
+
+    The current directory is importable, so that a ``class_path`` can name a user's own file.
+    """
+    directory = os.getcwd()
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+    return OBCCLI(trainer_class=OBCTrainer, save_config_kwargs={"overwrite": True}, args=args)
+
+
+if __name__ == "__main__":
+    main()
