@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "obs": LEAVES | {"kernels", "linalg"},
     "baselines": LEAVES | {"kernels", "linalg", "obs"},
     "allocation": LEAVES | {"obs", "baselines", "layers", "calibration", "activations", "report"},
-    "activations": LEAVES | {"layers", "obs"},
+    "activations": LEAVES | {"layers", "obs", "calibration"},
     "correction": LEAVES | {"layers", "obs", "calibration"},
     "export": LEAVES | {"layers", "obs", "activations"},
     "report": LEAVES | {"layers", "obs"},

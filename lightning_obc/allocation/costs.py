@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_obc.allocation.levels import FLOAT_BITS, Level
 from lightning_obc.calibration import batch_size_of, call_forward
@@ -26,6 +26,7 @@ from lightning_obc.calibration.collect import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.errors import LayerNotReachedError, SpecError
 from lightning_obc.layers import adapter_for
+from lightning_obc.layers.parts import LayerPart
 from lightning_obc.specs import NM, Block
 
 BASELINE = "the dense float32 model"
@@ -121,7 +122,8 @@ def count_positions(
 ) -> dict[str, float]:
     """How often each weight of a layer is used per sample, counted by hooks on one batch.
 
-    A linear layer counts its tokens, a convolution its output pixels, a transposed convolution its input pixels.
+    A linear layer counts its tokens (padded ones too), a convolution its output pixels, a transposed one its input
+    pixels.
 
     Raises:
         LayerNotReachedError: The batch does not pass through a layer.
@@ -160,11 +162,14 @@ def _counter(totals: dict[str, float], name: str, module: nn.Module) -> Callable
 def _positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> float:
     if isinstance(module, nn.modules.conv._ConvNd) and not getattr(module, "transposed", False):
         return output.numel() / module.out_channels
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        tensor = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        return tensor.numel() / module.in_channels
     adapter = adapter_for(module)
     if adapter is None:
         return 0.0
     inputs = adapter.inputs(module, args, kwargs)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
-        return inputs.numel() / module.in_channels
+    if isinstance(module, LayerPart):
+        return inputs.shape[0] * inputs.shape[1]
     shape = adapter.shape(module)
     return inputs.numel() / (shape.groups * shape.columns)

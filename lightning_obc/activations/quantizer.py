@@ -1,0 +1,293 @@
+"""Fake quantization of layer inputs through forward pre-hooks: no wrapper, no buffer, no new state-dict key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_obc.activations.fake import fake_quantize
+from lightning_obc.activations.ranges import ActivationGrid, RangeObserver
+from lightning_obc.calibration import call_forward
+from lightning_obc.calibration.collect import eager_forward, undisturbed
+from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.errors import (
+    EmptyCalibrationError,
+    FingerprintError,
+    LayerNotFoundError,
+    SpecError,
+    UnsupportedLayerError,
+)
+from lightning_obc.grids import Grid
+from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.layers.parts import LayerPart
+from lightning_obc.specs import IntGrid
+
+EDGE_BITS = 8
+
+
+class ActivationQuantizer:
+    """Quantizes the inputs of layers while it is enabled.
+
+    Use: ``observe`` batches, ``freeze`` the ranges, ``enable``. Bit widths can be changed after freezing, as long as
+    the observations are there. Everything lives in this object: the model keeps its keys and its ``forward``, can be
+    copied and pickled, and loads and saves the same checkpoints as before.
+
+    Args:
+        model: The model.
+        layers: Names, globs or type names; None means every layer that is a module of its own.
+        bits: One bit width, or one for each layer by name; None leaves a layer's input as it is.
+        spec: How ranges are found; its bit width is replaced by ``bits``.
+        exclude: Names, globs or type names to leave out.
+        edges_at_8: Keep the first and the last supported layer of the model at 8 bits.
+
+    Raises:
+        LayerNotFoundError: A name that matches no layer.
+        UnsupportedLayerError: A chosen layer is one weight among several of its module (attention, recurrent layers),
+            so that no hook sees its input.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str] | None = None,
+        bits: int | Mapping[str, int | None] = 8,
+        *,
+        spec: ActivationGrid | None = None,
+        exclude: Sequence[str] | None = None,
+        edges_at_8: bool = False,
+    ) -> None:
+        self._model = model
+        self._layers = _hookable(select_layers(model, layers, exclude), explicit=layers is not None)
+        self.spec = spec or ActivationGrid()
+        everything = list(select_layers(model))
+        self._edges = {everything[0], everything[-1]} if edges_at_8 else set()
+        self._observers = {
+            name: RangeObserver(self.spec.granularity, name=name, seed=index) for index, name in enumerate(self._layers)
+        }
+        self._grids: dict[str, Grid] = {}
+        self._handles: list[RemovableHandle] = []
+        self._bits: dict[str, int | None] = {}
+        self.set_bits(bits)
+
+    @property
+    def bits(self) -> dict[str, int | None]:
+        """Bit width by layer; None where the input stays as it is."""
+        return dict(self._bits)
+
+    @property
+    def grids(self) -> dict[str, Grid]:
+        """Frozen grids by layer: ``scale`` and ``zero_point`` ``[1, C, 1]``, zero points within ``0 .. max_code``."""
+        return dict(self._grids)
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._handles)
+
+    def set_bits(self, bits: int | Mapping[str, int | None]) -> None:
+        """Change bit widths; ranges are fitted again where they were frozen already.
+
+        Raises:
+            LayerNotFoundError: A layer that this quantizer does not have.
+        """
+        wanted = dict.fromkeys(self._layers, bits) if isinstance(bits, int) else dict(bits)
+        unknown = sorted(set(wanted) - set(self._layers))
+        if unknown:
+            raise LayerNotFoundError(
+                "Bit widths name layers that are not quantized here",
+                got=unknown,
+                expected=f"some of {list(self._layers)[:12]}",
+            )
+        chosen = {name: self._bits_at(name, wanted.get(name)) for name in self._layers}
+        for width in chosen.values():
+            if width is not None:
+                self.spec.with_bits(width)
+        frozen = bool(self._grids)
+        self._bits = chosen
+        if frozen:
+            self.freeze()
+
+    def _bits_at(self, name: str, bits: int | None) -> int | None:
+        return max(bits, EDGE_BITS) if bits is not None and name in self._edges else bits
+
+    def observe(
+        self, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+    ) -> ActivationQuantizer:
+        """Run batches through the unquantized model in evaluation mode and note the inputs' ranges.
+
+        Raises:
+            EmptyCalibrationError: There are no batches.
+        """
+        run = forward or call_forward
+        count = 0
+        with ExitStack() as stack:
+            for context in (preserved_rng(), undisturbed(self._model), eager_forward(), torch.no_grad()):
+                stack.enter_context(context)
+            stack.enter_context(self.observing())
+            for batch in batches:
+                run(self._model, batch)
+                count += 1
+        if count == 0:
+            raise EmptyCalibrationError(
+                "No batch was given to find activation ranges", got="no batch", expected="at least one batch"
+            )
+        return self
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Inputs that pass through the layers inside are observed, unquantized."""
+        enabled = self.enabled
+        self.disable()
+        handles = [
+            module.register_forward_pre_hook(_Observe(observer, _channel_axis(module)), with_kwargs=True)
+            for (module, observer) in zip(self._layers.values(), self._observers.values(), strict=True)
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            if enabled:
+                self.enable()
+
+    def freeze(self) -> ActivationQuantizer:
+        """Fit the grids to what was observed.
+
+        Raises:
+            CalibrationError: A layer to be quantized that no batch reached.
+            NonFiniteError: NaN or Inf was observed.
+        """
+        grids = {
+            name: self._observers[name].fit(self.spec.with_bits(bits))
+            for name, bits in self._bits.items()
+            if bits is not None
+        }
+        self._grids = grids
+        if self.enabled:
+            self.enable()
+        return self
+
+    def enable(self) -> ActivationQuantizer:
+        """Quantize from now on.
+
+        Raises:
+            SpecError: The ranges are not frozen yet.
+        """
+        missing = [name for name, bits in self._bits.items() if bits is not None and name not in self._grids]
+        if missing:
+            raise SpecError(
+                "Activation ranges are not known yet",
+                got=missing[:8],
+                expected="observed and frozen ranges",
+                remedy="call observe(batches) and freeze() first, or load_state_dict()",
+            )
+        self.disable()
+        for name, grid in self._grids.items():
+            module = self._layers[name]
+            hook = _Quantize(grid, _channel_axis(module) if self.spec.granularity == "channel" else None)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def disable(self) -> ActivationQuantizer:
+        """Take the hooks off: the model computes as it did before."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Primitives and CPU tensors, to be saved and loaded with ``weights_only=True``."""
+        return {
+            "spec": asdict(self.spec),
+            "bits": dict(self._bits),
+            "enabled": self.enabled,
+            "scale": {name: grid.scale.flatten().cpu().clone() for name, grid in self._grids.items()},
+            "zero_point": {name: grid.zero_point.flatten().cpu().clone() for name, grid in self._grids.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over frozen ranges, and whether they are enabled.
+
+        Raises:
+            FingerprintError: The state belongs to other layers.
+        """
+        if set(state["bits"]) != set(self._layers):
+            raise FingerprintError(
+                "Activation ranges belong to other layers",
+                got=sorted(set(state["bits"]) ^ set(self._layers))[:8],
+                expected="the same layers as when they were saved",
+            )
+        self.spec = ActivationGrid(**state["spec"])
+        self._bits = dict(state["bits"])
+        self._grids = {
+            name: Grid(
+                IntGrid(self._bits[name] or 8, symmetric=self.spec.symmetric),
+                scale.reshape(1, -1, 1).clone(),
+                state["zero_point"][name].reshape(1, -1, 1).clone(),
+            )
+            for name, scale in state["scale"].items()
+        }
+        self.disable()
+        if state["enabled"]:
+            self.enable()
+
+
+def _hookable(layers: Mapping[str, nn.Module], explicit: bool) -> dict[str, nn.Module]:
+    hookable = {name: module for name, module in layers.items() if not isinstance(module, LayerPart)}
+    hidden = sorted(set(layers) - set(hookable))
+    if hidden and (explicit or not hookable):
+        raise UnsupportedLayerError(
+            "The inputs of some layers cannot be quantized",
+            got=", ".join(hidden),
+            expected="layers that are modules of their own",
+            remedy="exclude them; they are single weights of attention or recurrent modules",
+        )
+    return hookable
+
+
+def _channel_axis(module: nn.Module) -> int:
+    """Input channels counted from the end: linear layers have them last, convolutions before the spatial axes."""
+    adapter = adapter_for(module)
+    assert adapter is not None
+    return 1 - adapter.current(module).dim()
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+class _Observe:
+    """A pre-hook that shows the input to an observer."""
+
+    def __init__(self, observer: RangeObserver, axis: int) -> None:
+        self.observer, self.axis = observer, axis
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = _first_tensor(args, kwargs)
+        if x is not None:
+            self.observer.update(x, self.axis)
+
+
+class _Quantize:
+    """A pre-hook that replaces the input; a class and not a closure, so that models with it can be pickled."""
+
+    def __init__(self, grid: Grid, axis: int | None) -> None:
+        self.scale, self.zero_point = grid.scale.flatten(), grid.zero_point.flatten()
+        self.max_code, self.axis = grid.max_code, axis
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        x = _first_tensor(args, kwargs)
+        if x is None:
+            return args, kwargs
+        if self.scale.device != x.device:
+            self.scale, self.zero_point = self.scale.to(x.device), self.zero_point.to(x.device)
+        quantized = fake_quantize(x, self.scale, self.zero_point, self.max_code, self.axis)
+        new_args = tuple(quantized if value is x else value for value in args)
+        return new_args, {key: quantized if value is x else value for key, value in kwargs.items()}

@@ -1,0 +1,135 @@
+"""Ranges of a layer's input, observed over several batches.
+
+Index legend: ``C`` ranges, 1 per tensor or one per input channel; ``N`` observed values of each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_obc.errors import CalibrationError, NonFiniteError, SpecError
+from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.grids import Grid
+from lightning_obc.specs import IntGrid, RangeSearch
+
+VALUES_PER_BATCH = 2**14
+MOST_VALUES = 2**18
+
+
+@dataclass(frozen=True)
+class ActivationGrid:
+    """How the input of a layer is quantized.
+
+    Args:
+        bits: Bit width, 2 to 8.
+        symmetric: Range symmetric around zero. The default, asymmetric, gives non-negative inputs all codes.
+        granularity: One range per ``"tensor"`` or per input ``"channel"``.
+        range: ``"minmax"``, ``"mse"`` (the shrunk range of least error) or ``"percentile"``.
+        percentile: Share of the values inside the range of ``"percentile"``, in percent; what is left out is split
+            evenly between both ends.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    granularity: Literal["tensor", "channel"] = "tensor"
+    range: Literal["minmax", "mse", "percentile"] = "mse"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
+            raise SpecError("A bit width is not supported", got=self.bits, expected="an integer from 2 to 8")
+        if self.granularity not in ("tensor", "channel"):
+            raise SpecError("Unknown granularity", got=repr(self.granularity), expected='"tensor" or "channel"')
+        if self.range not in ("minmax", "mse", "percentile"):
+            raise SpecError("Unknown range", got=repr(self.range), expected='"minmax", "mse" or "percentile"')
+        if not 50 < self.percentile <= 100:
+            raise SpecError("A percentile is not possible", got=self.percentile, expected="a number in (50, 100]")
+
+    def with_bits(self, bits: int) -> ActivationGrid:
+        return replace(self, bits=bits)
+
+    def __str__(self) -> str:
+        return f"a{self.bits} {'sym' if self.symmetric else 'asym'} per {self.granularity}, {self.range}"
+
+
+class RangeObserver:
+    """Exact extremes and a random sample of the values a layer's input took.
+
+    Args:
+        granularity: ``"tensor"`` or ``"channel"``.
+        name: Name of the layer in errors.
+        seed: Seed of the sample; the process's own random states are not touched.
+    """
+
+    def __init__(self, granularity: str, *, name: str = "", seed: int = 0) -> None:
+        self.name, self._granularity = name, granularity
+        self._generator = torch.Generator().manual_seed(seed)
+        self._low: Tensor | None = None
+        self._high: Tensor | None = None
+        self._sample: list[Tensor] = []
+        self._per_batch = VALUES_PER_BATCH
+
+    @property
+    def seen(self) -> bool:
+        return self._low is not None
+
+    @torch.no_grad()
+    def update(self, x: Tensor, axis: int) -> None:
+        """Add an input; ``axis`` is its channel dimension. No value is looked at by the host."""
+        values = x.detach().float()
+        if self._granularity == "channel":
+            values = values.movedim(axis, 0).flatten(1)
+        else:
+            values = values.reshape(1, -1)
+        if values.shape[1] == 0:
+            return
+        low, high = values.amin(1), values.amax(1)
+        self._low = low if self._low is None else torch.minimum(self._low, low)
+        self._high = high if self._high is None else torch.maximum(self._high, high)
+        wanted = max(1, self._per_batch // values.shape[0])
+        if values.shape[1] > wanted:
+            chosen = torch.randint(values.shape[1], (wanted,), generator=self._generator)
+            values = values[:, chosen.to(values.device)]
+        self._sample.append(values.clone())
+        self._thin()
+
+    def _thin(self) -> None:
+        """Halve the sample, and what later batches may add, when it has become too large."""
+        if sum(part.numel() for part in self._sample) > MOST_VALUES and self._per_batch > 1:
+            self._sample = [part[:, ::2] for part in self._sample]
+            self._per_batch //= 2
+
+    def fit(self, spec: ActivationGrid) -> Grid:
+        """The grid of the observed values: ``scale`` and ``zero_point`` are ``[1, C, 1]`` float32.
+
+        Raises:
+            CalibrationError: Nothing was observed.
+            NonFiniteError: NaN or Inf was observed.
+        """
+        if self._low is None or self._high is None:
+            raise CalibrationError(
+                f"No batch passed through layer {self.name!r}, so that its activation range is unknown",
+                expected="at least one batch",
+                remedy="observe batches that reach the layer, or leave the layer out",
+            )
+        ends = torch.stack([self._low, self._high], 1)
+        if not bool(torch.isfinite(ends).all()):
+            raise NonFiniteError(f"The inputs of layer {self.name!r} hold NaN or Inf", expected="finite activations")
+        values = torch.cat([*self._sample, ends], 1)
+        if spec.range == "percentile":
+            values = _clipped(values, spec.percentile / 100)
+        search: RangeSearch = "mse" if spec.range == "mse" else "minmax"
+        # A matrix of one row per range: the fit of a weight's channels does the same.
+        return fit_grid(values[None], IntGrid(spec.bits, symmetric=spec.symmetric, scale=search))
+
+
+def _clipped(values: Tensor, share: float) -> Tensor:
+    """Only values between the two quantiles; those outside become the quantiles."""
+    ordered = values.sort(1).values
+    last = ordered.shape[1] - 1
+    outside = round((1 - share) / 2 * last)
+    return values.clamp(ordered[:, outside, None], ordered[:, last - outside, None])
