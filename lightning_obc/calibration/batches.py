@@ -81,7 +81,7 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
     step = getattr(model, "calibration_step", None)
     if callable(step):
         return step(batch)
-    if isinstance(batch, (list, tuple)) and batch:
+    if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
         batch = batch[0]
     if isinstance(batch, Mapping):
         return model(**_accepted(model, batch))

@@ -15,6 +15,7 @@ from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError
 from lightning_obc.hessian import Hessian
+from lightning_obc.layers import adapter_for, sharing_modules
 
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[str, float, float], None]
@@ -31,6 +32,8 @@ def collect_hessians(
     progress: Progress | None = None,
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
+
+    Modules that share a weight with a selected layer add their inputs to that layer's statistic.
 
     The pass leaves no trace: train modes, buffers (batch-norm statistics), random states and hooks are afterwards what
     they were. It works in inference mode, and sees through compiled modules.
@@ -65,8 +68,9 @@ def collect_hessians(
     with ExitStack() as stack:
         for context in (preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad()):
             stack.enter_context(context)
-        for name, statistic in statistics.items():
-            stack.callback(_attach(layers[name], statistic, reached).remove)
+        for name, others in sharing_modules(model, layers).items():
+            for module in (layers[name], *others):
+                stack.callback(_attach(module, statistics[name], reached).remove)
         for done, batch in enumerate(_numbered(batches, rounds, list(statistics.values())), start=1):
             run(model, batch if target is None else to_device(batch, target))
             _check_finite(statistics.values())
@@ -109,11 +113,11 @@ def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
 
 
 def _attach(module: nn.Module, statistic: HessianAccumulator, reached: set[str]) -> torch.utils.hooks.RemovableHandle:
-    adapter = statistic.adapter
+    adapter = adapter_for(module) or statistic.adapter
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         reached.add(statistic.name)
-        statistic.update(adapter.inputs(module, args, kwargs))
+        statistic.update(adapter.inputs(module, args, kwargs), module)
 
     return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
 

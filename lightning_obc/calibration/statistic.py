@@ -37,7 +37,7 @@ class HessianAccumulator:
         size = (2, self.shape.groups, self.shape.columns, self.shape.columns)
         # Tensors made in inference mode could not be used in training afterwards.
         with torch.inference_mode(False):
-            self.sums = torch.zeros(size, dtype=torch.float64, device=device or adapter.weight(module).device)
+            self.sums = torch.zeros(size, dtype=torch.float64, device=device or adapter.current(module).device)
         self.samples = [0, 0]
         self.batch_index = -1
         self._batch_size, self._start = 0, 0
@@ -63,21 +63,41 @@ class HessianAccumulator:
         return (self._start + parity) % 2
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, module: nn.Module | None = None) -> None:
         """Add the input of one call of the layer, as :meth:`LayerAdapter.inputs` returns it.
 
         Where the leading dimension is a multiple of the batch size (windows, tokens), the samples are outermost in it;
         otherwise the samples cannot be told apart, and whole batches go to alternate halves.
+
+        Args:
+            x: The input.
+            module: The module that was called, when it is another one that shares the layer's weight.
+
+        Raises:
+            UnsupportedLayerError: The other module sees the weight as a problem of another shape.
         """
+        module = self._module if module is None else module
+        adapter = self._adapter_of(module)
         leading, size = x.shape[0], self._batch_size
         if size > 0 and leading % size == 0:
             by_sample = x.reshape(size, leading // size, *x.shape[1:])
             for parity in (0, 1):
                 part = by_sample[self._offset(parity) :: 2]
                 if part.shape[0]:
-                    self._adapter.accumulate_(self._module, self.sums[parity], part.flatten(0, 1))
+                    adapter.accumulate_(module, self.sums[parity], part.flatten(0, 1))
         else:
-            self._adapter.accumulate_(self._module, self.sums[self.batch_index % 2], x)
+            adapter.accumulate_(module, self.sums[self.batch_index % 2], x)
+
+    def _adapter_of(self, module: nn.Module) -> LayerAdapter:
+        adapter = adapter_for(module)
+        if adapter is None or adapter.shape(module) != self.shape:
+            raise UnsupportedLayerError(
+                f"Layer {self.name!r} shares its weight with a module of another kind",
+                got=type(module).__name__,
+                expected=f"a module that sees the weight as {self.shape}",
+                remedy="exclude the layer",
+            )
+        return adapter
 
     def finite(self) -> Tensor:
         """Scalar bool tensor: no NaN or Inf has come in. Costs one look at the diagonal, and no synchronisation."""

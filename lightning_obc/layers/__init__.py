@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
-from lightning_obc.layers.registry import adapter_for, reason_unsupported, register_adapter
-from lightning_obc.layers.selection import normalise_name, select_layers, unsupported_layers
+from lightning_obc.layers.parts import LayerPart, PartAdapter
+from lightning_obc.layers.registry import (
+    adapter_for,
+    parts_of,
+    reason_unsupported,
+    register_adapter,
+    register_parts,
+    weight_key,
+)
+from lightning_obc.layers.selection import normalise_name, select_layers, sharing_modules, unsupported_layers
 
 __all__ = [
     "LayerAdapter",
+    "LayerPart",
+    "PartAdapter",
     "ProblemShape",
     "adapter_for",
     "normalise_name",
+    "parts_of",
     "reason_unsupported",
     "register_adapter",
+    "register_parts",
     "select_layers",
+    "sharing_modules",
     "unsupported_layers",
+    "weight_key",
 ]

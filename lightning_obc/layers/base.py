@@ -8,8 +8,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_obc.errors import ShapeError, UnsupportedLayerError
+from lightning_obc.layers.parametrized import write_parametrized_
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,21 @@ class LayerAdapter(ABC):
     """
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The live weight, in the layout of the module. In-place changes of it change the module."""
+        """The live weight, in the layout of the module. In-place changes of it change the module.
+
+        Raises:
+            UnsupportedLayerError: The weight is parametrized, so that there is no tensor to change in place.
+        """
+        if is_parametrized(module, "weight"):
+            raise UnsupportedLayerError(
+                f"The weight of a {type(module).__name__} is computed by its parametrization",
+                expected="a weight that can be changed in place, for masks that hold while training",
+                remedy="compress after training, or call torch.nn.utils.parametrize.remove_parametrizations first",
+            )
+        return self.current(module)
+
+    def current(self, module: nn.Module) -> Tensor:
+        """The weight's value, in the layout of the module; may be a computed tensor, so never write to it."""
         return cast(Tensor, module.weight)
 
     def owner(self, module: nn.Module) -> nn.Module:
@@ -88,16 +104,22 @@ class LayerAdapter(ABC):
 
     def weight_matrix(self, module: nn.Module) -> Tensor:
         """A detached, contiguous copy of the weight, ``[g, R, d]``, in its own dtype and on its device."""
-        matrix = self.to_matrix_layout(module, _gathered(self.weight(module).detach()))
+        matrix = self.to_matrix_layout(module, _gathered(self.current(module).detach()))
         return matrix.clone(memory_format=torch.contiguous_format)
 
     def write_weight_(self, module: nn.Module, matrix: Tensor) -> None:
         """Write ``[g, R, d]`` into the module's weight in place; the parameter object stays the same.
 
+        A parametrized weight is written through the right inverse of its parametrization, up to rounding.
+
         Raises:
             ShapeError: The matrix does not have the shape of the module's problems.
+            UnsupportedLayerError: The parametrization cannot hold this weight; nothing is changed then.
         """
         self.check_matrix(module, matrix)
+        if is_parametrized(module, "weight"):
+            write_parametrized_(module, self.to_module_layout(module, matrix))
+            return
         weight = self.weight(module)
         with torch.no_grad():
             weight.copy_(_placed_like(self.to_module_layout(module, matrix), weight))

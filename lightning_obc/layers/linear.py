@@ -12,7 +12,7 @@ class LinearAdapter(LayerAdapter):
     """``nn.Linear``; inputs have any number of leading dimensions."""
 
     def shape(self, module: nn.Module) -> ProblemShape:
-        rows, columns = self.weight(module).shape
+        rows, columns = self.current(module).shape
         return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
 
     def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
@@ -26,3 +26,17 @@ class LinearAdapter(LayerAdapter):
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
+
+
+class TransposedLinearAdapter(LinearAdapter):
+    """The ``Conv1D`` of transformers: a linear layer whose weight is ``[inputs, outputs]``."""
+
+    def shape(self, module: nn.Module) -> ProblemShape:
+        columns, rows = self.current(module).shape
+        return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
+
+    def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
+        return tensor.T.unsqueeze(0)
+
+    def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
+        return matrix.squeeze(0).T

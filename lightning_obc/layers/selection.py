@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_obc.errors import LayerNotFoundError, UnsupportedLayerError
-from lightning_obc.layers.registry import adapter_for, reason_unsupported
+from lightning_obc.layers.parts import LayerPart
+from lightning_obc.layers.registry import adapter_for, parts_of, reason_unsupported, weight_key
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -36,8 +38,9 @@ def select_layers(
         exclude: Entries of the same kinds to leave out.
 
     Returns:
-        Modules by name. A shared module appears once, under its first name; of modules that share a weight the first
-        one stands for all, and none is selected when one of them is excluded.
+        Modules by name; a module with several weights (attention, recurrent layers) comes as its parts. A shared
+        module appears once, under its first name; of modules that share a weight the first one stands for all, and
+        none is selected when one of them is excluded.
 
     Raises:
         LayerNotFoundError: An entry, or the whole selection, matches nothing.
@@ -47,12 +50,11 @@ def select_layers(
     supported = {name: module for name, module in modules.items() if adapter_for(module) is not None}
     chosen = set(supported) if layers is None else _matching(modules, supported, layers)
     excluded = set() if exclude is None else _matching(modules, supported, exclude, excluding=True)
-    barred = {id(supported[name].weight) for name in excluded & set(supported)}
+    seen = {weight_key(supported[name]) for name in excluded}
     result: dict[str, nn.Module] = {}
-    seen = set(barred)
     for name, module in supported.items():
-        if name in chosen and id(module.weight) not in seen:
-            seen.add(id(module.weight))
+        if name in chosen and weight_key(module) not in seen:
+            seen.add(weight_key(module))
             result[name] = module
     if not result:
         raise LayerNotFoundError(
@@ -63,29 +65,59 @@ def select_layers(
     return result
 
 
+def sharing_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """By name of a layer: the other modules of the model that use the same weight, and that an adapter handles."""
+    names = {weight_key(module): name for name, module in layers.items()}
+    others: dict[str, list[nn.Module]] = {name: [] for name in layers}
+    for module in _named(model).values():
+        name = names.get(weight_key(module)) if adapter_for(module) is not None else None
+        if name is not None and not _same_layer(module, layers[name]):
+            others[name].append(module)
+    return others
+
+
+def _same_layer(first: nn.Module, second: nn.Module) -> bool:
+    """Parts are made anew for every selection; they are the same layer when their owner is."""
+    if isinstance(first, LayerPart) and isinstance(second, LayerPart):
+        return first.owner is second.owner
+    return first is second
+
+
 def unsupported_layers(model: nn.Module) -> dict[str, str]:
     """Modules with weights of their own that no adapter handles, and why.
 
     Normalisation layers, and modules whose own parameters are vectors (biases, scales), are not listed.
     """
-    return {
+    modules = _named(model)
+    handled = {name for name, module in modules.items() if adapter_for(module) is not None or parts_of(module)}
+    result = {
         name: reason_unsupported(module) or ""
-        for name, module in _named(model).items()
-        if not isinstance(module, _NORMS) and adapter_for(module) is None and _carries_weights(module)
+        for name, module in modules.items()
+        if name not in handled and not isinstance(module, _NORMS) and _carries_weights(module)
     }
+    for name, module in modules.items():
+        if isinstance(module, nn.LSTM) and module.proj_size and name in handled:
+            result[f"{name}.weight_hr"] = "the output projections of an LSTM with proj_size are not handled"
+    return result
 
 
 def _carries_weights(module: nn.Module) -> bool:
+    if isinstance(module, ParametrizationList):
+        return False
     if hasattr(module, "parametrizations") or isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return True
     return any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False))
 
 
 def _named(model: nn.Module) -> dict[str, nn.Module]:
-    """First names of all modules, in module order. The innermost module of a compiled one keeps the name."""
+    """First names of all modules and parts, in module order. The innermost module of a compiled one keeps the name."""
     named: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        named[normalise_name(name)] = module
+    for full_name, module in model.named_modules():
+        name = normalise_name(full_name)
+        if isinstance(named.get(name), LayerPart):
+            continue
+        named[name] = module
+        named |= {f"{name}.{label}" if name else label: part for label, part in parts_of(module).items()}
     return named
 
 

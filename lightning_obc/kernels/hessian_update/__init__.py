@@ -9,13 +9,14 @@ from __future__ import annotations
 from lightning_obc.kernels.hessian_update.conv import ConvGeometry, accumulate_conv_
 from lightning_obc.kernels.hessian_update.linear import accumulate_linear_, symmetrise_
 from lightning_obc.kernels.hessian_update.naive import naive_conv, naive_linear
-from lightning_obc.kernels.hessian_update.precision import exact_products
+from lightning_obc.kernels.hessian_update.precision import exact_products, ieee_float32
 
 __all__ = [
     "ConvGeometry",
     "accumulate_conv_",
     "accumulate_linear_",
     "exact_products",
+    "ieee_float32",
     "naive_conv",
     "naive_linear",
     "symmetrise_",

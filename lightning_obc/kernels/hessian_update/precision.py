@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 @contextmanager
-def exact_products(device_type: str) -> Iterator[None]:
-    """No TF32, no bfloat16 passes and no autocast inside; everything as before afterwards.
+def ieee_float32() -> Iterator[None]:
+    """No TF32 and no bfloat16 passes in float32 matrix products inside; the settings are as before afterwards.
 
     ``torch.set_float32_matmul_precision("high")`` is common in training scripts and would cost the Hessian its
     small eigenvalues.
@@ -20,16 +20,23 @@ def exact_products(device_type: str) -> Iterator[None]:
     backends: Any = torch.backends
     settings = (backends.cuda.matmul, backends.mkldnn.matmul)
     before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value
+
+
+@contextmanager
+def exact_products(device_type: str) -> Iterator[None]:
+    """:func:`ieee_float32`, and no autocast."""
     with ExitStack() as stack:
         if torch.amp.is_autocast_available(device_type):
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        try:
-            for setting in settings:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            for setting, value in zip(settings, before, strict=True):
-                setting.fp32_precision = value
+        stack.enter_context(ieee_float32())
+        yield
 
 
 def as_accumulable(x: Tensor) -> Tensor:
