@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lightning_obc.calibration.batches import batch_size_of, call_forward
+from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device
 from lightning_obc.calibration.collect import collect_hessians
+from lightning_obc.calibration.isolation import eager_forward, undisturbed
+from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
 from lightning_obc.calibration.statistic import HessianAccumulator
 
@@ -14,4 +16,8 @@ __all__ = [
     "calibration_batches",
     "call_forward",
     "collect_hessians",
+    "eager_forward",
+    "preserved_rng",
+    "to_device",
+    "undisturbed",
 ]

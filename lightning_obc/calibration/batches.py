@@ -34,6 +34,14 @@ def batch_size_of(batch: Any) -> int:
     return size
 
 
+def token_mask_of(batch: Any) -> Tensor | None:
+    """Bool ``[samples, tokens]``, True for real tokens, of a batch that carries an ``attention_mask``, else None."""
+    if isinstance(batch, (list, tuple)) and batch:
+        batch = batch[0]
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
 def _size(batch: Any, nested: bool) -> int | None:
     if isinstance(batch, PackedSequence):
         return int(batch.batch_sizes[0])

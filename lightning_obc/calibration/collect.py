@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device
+from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device, token_mask_of
+from lightning_obc.calibration.functional import FunctionalCalls
+from lightning_obc.calibration.isolation import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError
@@ -33,7 +34,9 @@ def collect_hessians(
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
 
-    Modules that share a weight with a selected layer add their inputs to that layer's statistic.
+    Modules that share a weight with a selected layer add their inputs to that layer's statistic; so does
+    ``F.linear`` on the weight of a layer that is not called as a module. When a batch is a mapping with an
+    ``attention_mask`` of shape ``[samples, tokens]``, padded tokens add nothing to linear layers.
 
     The pass leaves no trace: train modes, buffers (batch-norm statistics), random states and hooks are afterwards what
     they were. It works in inference mode, and sees through compiled modules.
@@ -61,39 +64,81 @@ def collect_hessians(
         LayerNotReachedError: No batch passed through some layer.
         NonFiniteError: NaN or Inf in the input of a layer.
     """
-    statistics = {name: HessianAccumulator(module, name=name) for name, module in layers.items()}
-    reached: set[str] = set()
     target = torch.device(device) if device is not None else None if forward else _device_of(model)
     run = forward or call_forward
+    gathering = _Pass(layers)
     with ExitStack() as stack:
         for context in (preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad()):
             stack.enter_context(context)
         for name, others in sharing_modules(model, layers).items():
             for module in (layers[name], *others):
-                stack.callback(_attach(module, statistics[name], reached).remove)
-        for done, batch in enumerate(_numbered(batches, rounds, list(statistics.values())), start=1):
-            run(model, batch if target is None else to_device(batch, target))
-            _check_finite(statistics.values())
+                stack.callback(gathering.attach(name, module).remove)
+        for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
+            with gathering.functional_calls:
+                run(model, batch if target is None else to_device(batch, target))
+            gathering.check_finite()
             if progress is not None:
                 progress("calibration", done, _length(batches, rounds))
-    _check_reached(statistics, reached)
-    return {name: statistic.finalise() for name, statistic in statistics.items()}
+    return gathering.finalise()
 
 
-def _numbered(batches: Iterable[Any], rounds: int, statistics: list[HessianAccumulator]) -> Iterator[Any]:
-    """The batches of all rounds, counted in every statistic before they are handed out."""
-    for current in range(rounds):
-        if hasattr(batches, "set_round"):
-            batches.set_round(current)
-        start, index = 0, -1
-        for index, batch in enumerate(batches):
-            size = batch_size_of(batch)
-            for statistic in statistics:
-                statistic.begin_batch(size, start=start, batch_index=index)
-            start += size
-            yield batch
-        if index < 0:
-            raise _nothing(current, batches)
+class _Pass:
+    """The statistics of all layers while batches go through the model."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers = layers
+        self.statistics = {name: HessianAccumulator(module, name=name) for name, module in layers.items()}
+        self.reached: set[str] = set()
+        self.functional_calls = FunctionalCalls(layers, self._called_functionally)
+
+    def attach(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        statistic = self.statistics[name]
+        adapter = adapter_for(module) or statistic.adapter
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.reached.add(name)
+            self.functional_calls.module_called(name)
+            statistic.update(adapter.inputs(module, args, kwargs), module)
+
+        return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
+
+    def _called_functionally(self, name: str, x: Tensor) -> None:
+        self.reached.add(name)
+        statistic = self.statistics[name]
+        statistic.update(statistic.adapter.inputs(self.layers[name], (x,), {}))
+
+    def numbered(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
+        """The batches of all rounds, counted in every statistic before they are handed out."""
+        for current in range(rounds):
+            if hasattr(batches, "set_round"):
+                batches.set_round(current)
+            start, index = 0, -1
+            for index, batch in enumerate(batches):
+                size, mask = batch_size_of(batch), token_mask_of(batch)
+                for statistic in self.statistics.values():
+                    statistic.begin_batch(size, start=start, batch_index=index, token_mask=mask)
+                start += size
+                yield batch
+            if index < 0:
+                raise _nothing(current, batches)
+
+    def check_finite(self) -> None:
+        """One synchronisation per batch; the layers are asked one by one only when something is wrong."""
+        flags = [statistic.finite() for statistic in self.statistics.values()]
+        if flags and not torch.stack([flag.to(flags[0].device) for flag in flags]).all():
+            for statistic in self.statistics.values():
+                statistic.raise_if_not_finite()
+
+    def finalise(self) -> dict[str, Hessian]:
+        missing = [name for name in self.statistics if name not in self.reached]
+        if missing:
+            raise LayerNotReachedError(
+                "No calibration batch passed through some of the layers",
+                got=", ".join(missing),
+                expected="every selected layer to be called in the forward pass",
+                remedy="exclude them, or give the model a calibration_step that calls them",
+            )
+        return {name: statistic.finalise() for name, statistic in self.statistics.items()}
 
 
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
@@ -112,35 +157,6 @@ def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
     )
 
 
-def _attach(module: nn.Module, statistic: HessianAccumulator, reached: set[str]) -> torch.utils.hooks.RemovableHandle:
-    adapter = adapter_for(module) or statistic.adapter
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        reached.add(statistic.name)
-        statistic.update(adapter.inputs(module, args, kwargs), module)
-
-    return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _check_finite(statistics: Collection[HessianAccumulator]) -> None:
-    """One synchronisation per batch; the layers are asked one by one only when something is wrong."""
-    flags = [statistic.finite() for statistic in statistics]
-    if flags and not torch.stack([flag.to(flags[0].device) for flag in flags]).all():
-        for statistic in statistics:
-            statistic.raise_if_not_finite()
-
-
-def _check_reached(statistics: Mapping[str, HessianAccumulator], reached: set[str]) -> None:
-    missing = [name for name in statistics if name not in reached]
-    if missing:
-        raise LayerNotReachedError(
-            "No calibration batch passed through some of the layers",
-            got=", ".join(missing),
-            expected="every selected layer to be called as a module in the forward pass",
-            remedy="exclude them, or give the model a calibration_step that calls them",
-        )
-
-
 def _length(batches: Iterable[Any], rounds: int) -> int:
     try:
         return len(batches) * rounds  # type: ignore[arg-type]
@@ -151,47 +167,3 @@ def _length(batches: Iterable[Any], rounds: int) -> int:
 def _device_of(model: nn.Module) -> torch.device | None:
     parameter = next(model.parameters(), None)
     return None if parameter is None else parameter.device
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's train mode and every buffer as before afterwards.
-
-    Flags are set directly: overridden ``train()`` methods may change weights.
-    """
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, flag in zip(modules, training, strict=True):
-            module.training = flag
-        for module, name, buffer, value in buffers:
-            module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-@contextmanager
-def eager_forward() -> Iterator[None]:
-    """Compiled modules run eagerly inside: hooks added after compilation would not fire otherwise.
-
-    Also keeps attention off its fused inference path, which calls no submodules.
-    """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # imported by the first torch.compile; importing it here takes seconds
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -41,19 +41,24 @@ class HessianAccumulator:
         self.samples = [0, 0]
         self.batch_index = -1
         self._batch_size, self._start = 0, 0
+        self._token_mask: Tensor | None = None
 
     @property
     def adapter(self) -> LayerAdapter:
         return self._adapter
 
-    def begin_batch(self, batch_size: int, *, start: int = 0, batch_index: int = 0) -> None:
+    def begin_batch(
+        self, batch_size: int, *, start: int = 0, batch_index: int = 0, token_mask: Tensor | None = None
+    ) -> None:
         """Count the samples of a batch.
 
         Args:
             batch_size: Samples in the batch.
             start: Index of its first sample within the round.
             batch_index: Index of the batch within the round.
+            token_mask: Bool ``[samples, tokens]``, False for padded tokens; None when there are none.
         """
+        self._token_mask = token_mask
         self._batch_size, self._start, self.batch_index = batch_size, start, batch_index
         for parity in (0, 1):
             self.samples[parity] += len(range(self._offset(parity), batch_size, 2))
@@ -78,6 +83,8 @@ class HessianAccumulator:
         """
         module = self._module if module is None else module
         adapter = self._adapter_of(module)
+        if self._token_mask is not None:
+            x = adapter.without_padding(module, x, self._token_mask.to(x.device))
         leading, size = x.shape[0], self._batch_size
         if size > 0 and leading % size == 0:
             by_sample = x.reshape(size, leading // size, *x.shape[1:])

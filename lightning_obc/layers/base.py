@@ -102,6 +102,13 @@ class LayerAdapter(ABC):
             )
         return self.normalise_inputs(module, found[0].detach())
 
+    def without_padding(self, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+        """A normalised input with zeros where ``mask`` (bool ``[samples, tokens]``) says that a token is padding.
+
+        Layers that do not see tokens, and inputs that do not have the mask's shape, are left as they are.
+        """
+        return x
+
     def weight_matrix(self, module: nn.Module) -> Tensor:
         """A detached, contiguous copy of the weight, ``[g, R, d]``, in its own dtype and on its device."""
         matrix = self.to_matrix_layout(module, _gathered(self.current(module).detach()))

@@ -24,6 +24,12 @@ class LinearAdapter(LayerAdapter):
     def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == 1 else x
 
+    def without_padding(self, module: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+        """Tokens lie in the two leading dimensions, or folded into one."""
+        if x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),):
+            return x
+        return x.masked_fill(~mask.reshape(*x.shape[:-1], 1), 0)
+
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
 

@@ -103,7 +103,8 @@ def reason_unsupported(module: nn.Module) -> str | None:
     kind = type(module)
     base = _base(kind)
     if base is None:
-        return f"no adapter for {kind.__name__}"
+        own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+        return f"no adapter for {kind.__name__}" + (f" (its own parameters: {own})" if own else "")
     if kind.forward is not base.forward:
         return f"{kind.__name__} overrides the forward of {base.__name__}; register an adapter for it"
     if base in _PARTS:

@@ -149,7 +149,7 @@ def _matching(
         if not found and not excluding:
             raise UnsupportedLayerError(
                 f"Layer {entry!r} cannot be compressed",
-                got=reason_unsupported(modules[exact or ""]),
+                got=reason_unsupported(modules[exact]) if exact else entry,
                 expected="a layer that an adapter handles, or a module with such layers inside",
                 remedy="remove it from the selection, or register an adapter",
             )

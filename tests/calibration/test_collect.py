@@ -292,3 +292,58 @@ def test_the_same_batches_give_the_same_bits(model: Network) -> None:
     layers, batches = select_layers(model), data(3, 4)
     first, second = (collect_hessians(model, layers, batches) for _ in range(2))
     assert all(torch.equal(first[name].halves, second[name].halves) for name in layers)
+
+
+class TestFunctionalUse:
+    """Layers whose weight is used without a call of the module."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = nn.functional.linear(self.first(x), self.second.weight, bias=self.second.bias)
+            return nn.functional.linear(input=hidden, weight=self.first.weight)
+
+    def test_all_uses_count_once(self) -> None:
+        model, x = self.Functional().double(), torch.randn(4, 3, dtype=torch.float64)
+        first = model.first(x).detach()
+        second = model.second(first).detach()
+        hessians = collect_hessians(model, select_layers(model), [x])
+        torch.testing.assert_close(hessians["first"].full()[0], 2 / 4 * (x.T @ x + second.T @ second))
+        torch.testing.assert_close(hessians["second"].full()[0], 2 / 4 * first.T @ first)
+        assert hessians["second"].samples == (2, 2)
+
+    def test_shifted_window_attention_is_reached(self) -> None:
+        swin = pytest.importorskip("torchvision.models.swin_transformer")
+        block = swin.SwinTransformerBlock(8, 2, window_size=[4, 4], shift_size=[2, 2]).eval()
+        x, seen = torch.randn(2, 8, 8, 8), []
+        hessians = collect_hessians(block, select_layers(block), [x])
+        block.norm1.register_forward_hook(lambda _, args, out: seen.append(out.reshape(-1, 8)))
+        block(x)
+        moment = (seen[0].T @ seen[0]).detach().double()[None]
+        torch.testing.assert_close(hessians["attn.qkv"].full(), moment, rtol=1e-5, atol=1e-4)
+        assert "attn.proj" in hessians
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_padded_tokens_add_nothing(folded: bool) -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.pooled = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden = self.token(x.flatten(0, 1)).reshape(x.shape) if folded else self.token(x)
+            return self.pooled(hidden[:, 0])
+
+    model, x = Tokens().double(), torch.randn(3, 4, 3, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    batch = {"x": x, "attention_mask": mask, "labels": torch.zeros(3)}
+    hessians = collect_hessians(model, select_layers(model), [batch])
+    kept = x[mask.bool()]
+    torch.testing.assert_close(hessians["token"].full()[0], 2 / 3 * kept.T @ kept)
+    pooled = model.token(x)[:, 0].detach()
+    torch.testing.assert_close(hessians["pooled"].full()[0], 2 / 3 * pooled.T @ pooled)
+    assert hessians["token"].samples == (2, 1)
