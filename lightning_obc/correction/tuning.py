@@ -18,7 +18,7 @@ from lightning_obc.correction.channels import affine
 from lightning_obc.correction.objective import LayerErrors, layer_errors
 from lightning_obc.correction.passes import Forward, Progress, limited, quiet
 from lightning_obc.correction.result import CorrectedLayer, CorrectionReport
-from lightning_obc.errors import CalibrationError, LayerNotFoundError, NonFiniteError, SpecError
+from lightning_obc.errors import CalibrationError, LayerNotFoundError, NonFiniteError, PatternError, SpecError
 from lightning_obc.layers import adapter_for, select_layers
 
 
@@ -73,6 +73,7 @@ def tune_global(
         EmptyCalibrationError, CalibrationError: Fewer than two batches.
         LayerNotFoundError: Nothing to tune, or a layer that the dense model lacks.
         LayerNotReachedError: No batch passes through some layer.
+        PatternError: A mask prunes weights that are not zero.
         ShapeError: A mask, or an output of the dense model, of another shape.
         NonFiniteError: The objective is NaN or Inf at the beginning. Nothing is changed by any of these errors.
     """
@@ -178,7 +179,15 @@ def _zeros(
             result.append((weight, weight.detach() == 0))
             continue
         adapter.check_matrix(module, mask)
-        result.append((weight, ~adapter.to_module_layout(module, mask.to(weight.device, torch.bool))))
+        pruned = ~adapter.to_module_layout(module, mask.to(weight.device, torch.bool))
+        if bool(weight.detach()[pruned].any()):
+            raise PatternError(
+                f"The mask of layer {name!r} prunes weights that are not zero",
+                got=f"{int((weight.detach()[pruned] != 0).sum())} of them",
+                expected="the mask of the compressed weights",
+                remedy="pass the masks of the last solutions, or none to keep the zeros that are there",
+            )
+        result.append((weight, pruned))
     return result
 
 
