@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.baselines import adaprune, gptq, magnitude, round_to_nearest, sparsegpt
 from lightning_obc.calibration import calibration_batches, collect_hessians
 from lightning_obc.errors import NonFiniteError, SpecError
 from lightning_obc.hessian import Hessian
@@ -26,6 +27,13 @@ from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
 Progress = Callable[[str, float, float], None]
+
+PRUNERS: dict[str, Callable[..., LayerSolution]] = {
+    "sparsegpt": sparsegpt,
+    "adaprune": adaprune,
+    "magnitude": magnitude,
+}
+QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {"gptq": gptq, "rtn": round_to_nearest}
 
 
 class LayerStore(Protocol):
@@ -44,30 +52,21 @@ def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -
 
 @solve_layer.register
 def _solve_prune(stage: Prune, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    return prune(
-        weight,
-        hessian,
-        stage.parsed,
-        selection=stage.selection,
-        channels=channels,
-        misfit=stage.misfit,
-        damping=stage.damping,
-        backend=stage.backend,
-    )
+    options: dict[str, Any] = {"channels": channels, "misfit": stage.misfit, "damping": stage.damping}
+    if stage.solver != "obs":
+        return PRUNERS[stage.solver](weight, hessian, stage.parsed, **options)
+    options |= {"selection": stage.selection, "backend": stage.backend, "refine": stage.refine}
+    return prune(weight, hessian, stage.parsed, **options)
 
 
 @solve_layer.register
 def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
     mask = weight != 0
-    return quantize(
-        weight,
-        hessian,
-        stage.parsed,
-        mask=None if bool(mask.all()) else mask,
-        channels=channels,
-        damping=stage.damping,
-        backend=stage.backend,
-    )
+    kept = None if bool(mask.all()) else mask
+    options: dict[str, Any] = {"mask": kept, "channels": channels, "damping": stage.damping}
+    if stage.solver != "obs":
+        return QUANTIZERS[stage.solver](weight, hessian, stage.parsed, **options)
+    return quantize(weight, hessian, stage.parsed, backend=stage.backend, refine=stage.refine, **options)
 
 
 def run_stage(

@@ -12,8 +12,9 @@ from lightning_obc.baselines.rounding import quantized_solution, zero_codes
 from lightning_obc.baselines.units import Unit, units_of
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
+from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, prepare
-from lightning_obc.obs.prune import check_channels, with_damping
+from lightning_obc.obs.prune import check_channels
 from lightning_obc.obs.quantize import check_mask, rows_of_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import IntGrid, parse_grid

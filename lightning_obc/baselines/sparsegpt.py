@@ -13,8 +13,9 @@ from lightning_obc.baselines.rounding import quantized_solution, zero_codes
 from lightning_obc.baselines.units import Unit, units_of
 from lightning_obc.errors import SpecError
 from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.prune import check_channels, check_fit, group_size, with_damping
+from lightning_obc.obs.prune import check_channels, check_fit, group_size
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, IntGrid, Misfit, Pattern, Unstructured, parse_grid, parse_pattern

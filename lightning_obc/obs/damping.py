@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.obs.problem import HessianLike, quadratic
+from lightning_obc.obs.problem import HessianLike, full_hessian, quadratic
 from lightning_obc.obs.solution import LayerSolution
 
 CANDIDATES = (1e-3, 1e-2, 3e-2, 1e-1, 0.3)
@@ -17,6 +18,27 @@ DEFAULT = 1e-2
 ROWS = 32
 
 Solve = Callable[[Tensor, Tensor, float], LayerSolution]
+
+
+def resolve_damping(
+    weight: Tensor, hessian: HessianLike, damping: float | str, solve: Solve
+) -> tuple[float, float | None]:
+    """A damping that is given, or chosen by :func:`choose_damping`; and the held-out error where it was measured.
+
+    Raises:
+        SpecError: Neither a number >= 0 nor ``"auto"``, or ``"auto"`` without the two-half statistic.
+    """
+    if damping == "auto":
+        return choose_damping(weight, hessian, solve)
+    if isinstance(damping, str) or not (math.isfinite(damping) and damping >= 0):
+        raise SpecError("Unknown damping", got=repr(damping), expected='a finite number >= 0, or "auto"')
+    return damping, None
+
+
+def with_damping(weight: Tensor, hessian: HessianLike, damping: float | str, solve: Solve) -> LayerSolution:
+    """Run ``solve`` on all rows and samples with a damping that is given, or chosen by the two halves."""
+    share, held_out = resolve_damping(weight, hessian, damping, solve)
+    return solve(weight, full_hessian(hessian), share).with_held_out(held_out)
 
 
 def choose_damping(weight: Tensor, hessian: HessianLike, solve: Solve) -> tuple[float, float | None]:

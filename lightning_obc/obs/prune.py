@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import singledispatch
 
 import torch
@@ -11,14 +10,26 @@ from torch import Tensor
 
 from lightning_obc.errors import PatternError, SpecError
 from lightning_obc.kernels import obs_sweep
-from lightning_obc.obs.damping import choose_damping
+from lightning_obc.obs.damping import resolve_damping
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
+from lightning_obc.obs.refine import GreedyMask, refine_mask
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.obs.structured import structured_order
-from lightning_obc.obs.sweep import existing_zeros, solve_mask, sweep_prepared
-from lightning_obc.specs import NM, Block, Misfit, Pattern, Selection, Structured, Unstructured, parse_pattern
+from lightning_obc.obs.sweep import existing_zeros, sweep_prepared
+from lightning_obc.solvers import Refine, parse_refine
+from lightning_obc.specs import (
+    NM,
+    Block,
+    Misfit,
+    Pattern,
+    Selection,
+    Structured,
+    Unstructured,
+    check_refinable,
+    parse_pattern,
+)
 
 
 def prune(
@@ -30,6 +41,7 @@ def prune(
     channels: int | None = None,
     misfit: Misfit = "error",
     damping: float | str = 0.01,
+    refine: bool | Refine = False,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> LayerSolution:
@@ -44,10 +56,13 @@ def prune(
         misfit: ``"error"``, or ``"pad"`` to let the last group of every kernel position be short (missing weights count
             as zeros).
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
+        refine: Swap kept for removed weights afterwards (unstructured and N:M). With the two-half statistic each row
+            is refined only as far as the other half agrees.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
+        SpecError: ``refine`` with a pattern whose masks cannot be refined.
         PatternError: The pattern does not divide ``channels`` and ``misfit`` is ``"error"``.
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
     """
@@ -56,23 +71,25 @@ def prune(
     channels = check_channels(weight.shape[-1], channels)
     check_fit(pattern, channels, misfit)
 
+    refinement = parse_refine(refine)
+    check_refinable(pattern, refinement)
+
+    def choose(problem: Problem) -> GreedyMask:
+        return choose_mask(pattern, problem, selection, channels, backend, memory_budget)
+
     def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
-        problem = prepare(rows, half, damping)
-        return prune_prepared(problem, pattern, selection, channels, backend, memory_budget)
+        return choose(prepare(rows, half, damping)).solution(memory_budget)
 
-    return with_damping(weight, hessian, damping, solve)
-
-
-def with_damping(
-    weight: Tensor, hessian: HessianLike, damping: float | str, solve: Callable[..., LayerSolution]
-) -> LayerSolution:
-    """Run ``solve`` with a damping that is given, or chosen by the two halves of the statistic."""
-    if not isinstance(damping, str):
-        return solve(weight, full_hessian(hessian), damping)
-    if damping != "auto":
-        raise SpecError("Unknown damping", got=repr(damping), expected='a number >= 0, or "auto"')
-    chosen, held_out = choose_damping(weight, hessian, solve)
-    return solve(weight, full_hessian(hessian), chosen).with_held_out(held_out)
+    share, held_out = resolve_damping(weight, hessian, damping, solve)
+    greedy = choose(prepare(weight, full_hessian(hessian), share))
+    solution = greedy.solution(memory_budget).with_held_out(held_out)
+    if refinement is None:
+        return solution
+    groups = nm_groups(weight.shape[-1], channels, pattern, weight.device) if isinstance(pattern, NM) else None
+    column_group = None if groups is None else groups.column_group
+    return refine_mask(
+        solution, greedy, hessian, choose, refinement, column_group=column_group, memory_budget=memory_budget
+    )
 
 
 def check_channels(columns: int, channels: int | None) -> int:
@@ -114,35 +131,25 @@ def check_fit(pattern: Pattern, channels: int, misfit: Misfit) -> None:
 
 
 @singledispatch
-def _prune(
+def choose_mask(
     pattern: Pattern, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
-) -> LayerSolution:
+) -> GreedyMask:
+    """The mask of a pattern by OBS steps, on a problem that is prepared and checked; ``backend`` is resolved."""
     raise SpecError("This pattern has no solver", got=type(pattern).__name__, expected="a pattern of lightning_obc")
 
 
-def prune_prepared(
-    problem: Problem,
-    pattern: Pattern,
-    selection: Selection,
-    channels: int,
-    backend: str,
-    memory_budget: int | None = None,
-) -> LayerSolution:
-    """:func:`prune` of a problem that is prepared and checked already; ``backend`` is resolved."""
-    return _prune(pattern, problem, selection, channels, backend, memory_budget)
-
-
-@_prune.register
+@choose_mask.register
 def _unstructured(
     pattern: Unstructured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
-) -> LayerSolution:
-    return sweep_prepared(problem, backend, budget).solution(pattern.sparsity, selection)
+) -> GreedyMask:
+    sweep = sweep_prepared(problem, backend, budget)
+    return GreedyMask(sweep.problem, sweep.mask(pattern.sparsity, selection), backend)
 
 
-@_prune.register
+@choose_mask.register
 def _nm(
     pattern: NM, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
-) -> LayerSolution:
+) -> GreedyMask:
     groups = nm_groups(problem.weight.shape[-1], channels, pattern, problem.weight.device)
     keep = existing_zeros(problem)
 
@@ -153,7 +160,7 @@ def _nm(
     mask = _mask_of_steps(output, problem)
     short = channels % pattern.m
     notes = (f"padded: last group of each kernel position has {short} of {pattern.m}",) if short else ()
-    return solve_mask(problem, mask, backend, budget, notes)
+    return GreedyMask(problem, mask, backend, notes)
 
 
 def nm_groups(columns: int, channels: int, pattern: NM, device: torch.device) -> obs_sweep.NMGroups:
@@ -178,14 +185,14 @@ def _mask_of_steps(output: obs_sweep.SweepOutput, problem: Problem) -> Tensor:
     return keep[..., :columns]
 
 
-@_prune.register
+@choose_mask.register
 def _structured(
     pattern: Structured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
-) -> LayerSolution:
+) -> GreedyMask:
     mask = torch.ones_like(problem.weight, dtype=torch.bool)
     groups, _, columns = mask.shape
     order, _ = structured_order(problem, channels, zeros_for(pattern.sparsity, groups * channels))
     by_channel = mask.view(groups, mask.shape[1], columns // channels, channels)
     by_channel[order[:, 0], :, :, order[:, 1]] = False
     keep = existing_zeros(problem)
-    return solve_mask(problem, mask if keep is None else mask & keep, "torch", budget)
+    return GreedyMask(problem, mask if keep is None else mask & keep, "torch")

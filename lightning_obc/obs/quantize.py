@@ -9,11 +9,13 @@ from lightning_obc import linalg
 from lightning_obc.errors import ShapeError
 from lightning_obc.grid_fitting import fit_grid, refit_scale
 from lightning_obc.kernels import obs_sweep
-from lightning_obc.obs.damping import sample_rows
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.prune import check_channels, with_damping
+from lightning_obc.obs.damping import resolve_damping, sample_rows
+from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
+from lightning_obc.obs.prune import check_channels
+from lightning_obc.obs.refine import GreedyCodes, refine_codes
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.solvers import Refine, parse_refine
 from lightning_obc.specs import IntGrid, parse_grid
 
 
@@ -25,6 +27,7 @@ def quantize(
     mask: Tensor | None = None,
     channels: int | None = None,
     damping: float | str = 0.01,
+    refine: bool | Refine = False,
     backend: str = "auto",
     memory_budget: int | None = None,
 ) -> LayerSolution:
@@ -37,6 +40,8 @@ def quantize(
         mask: Same shape as ``weight``, bool, True = kept. The rest is eliminated first and stays exactly ``+0.0``.
         channels: Input channels per kernel position; default ``d``. Grid groups never straddle a kernel position.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
+        refine: Coordinate descent on codes and scales afterwards. With the two-half statistic each row is refined only
+            as far as the other half agrees.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
@@ -52,12 +57,21 @@ def quantize(
     channels = check_channels(weight.shape[-1], channels)
     check_mask(mask, weight)
 
-    def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
-        problem = prepare(rows, half, damping)
-        keep = rows_of_mask(mask, weight, rows)
-        return quantize_prepared(problem, spec, keep, channels, backend, memory_budget)
+    def choose(problem: Problem, keep: Tensor | None) -> GreedyCodes:
+        return choose_codes(problem, spec, keep, channels, backend, memory_budget)
 
-    return with_damping(weight, hessian, damping, solve)
+    def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
+        keep = rows_of_mask(mask, weight, rows)
+        return choose(prepare(rows, half, damping), keep).solution(keep, backend)
+
+    share, held_out = resolve_damping(weight, hessian, damping, solve)
+    keep = rows_of_mask(mask, weight, weight)
+    greedy = choose(prepare(weight, full_hessian(hessian), share), keep)
+    solution = greedy.solution(keep, backend).with_held_out(held_out)
+    refinement = parse_refine(refine)
+    if refinement is None:
+        return solution
+    return refine_codes(solution, greedy, hessian, lambda problem: choose(problem, keep), refinement, keep)
 
 
 def check_mask(mask: Tensor | None, weight: Tensor) -> None:
@@ -79,15 +93,15 @@ def rows_of_mask(mask: Tensor | None, weight: Tensor, rows: Tensor) -> Tensor | 
     return batched if whole else sample_rows(batched)
 
 
-def quantize_prepared(
+def choose_codes(
     problem: Problem,
     spec: IntGrid,
     keep: Tensor | None,
     channels: int,
     backend: str,
     memory_budget: int | None = None,
-) -> LayerSolution:
-    """:func:`quantize` of a problem that is prepared and checked already; ``backend`` is resolved."""
+) -> GreedyCodes:
+    """Codes by OBS steps, on a problem that is prepared and checked already; ``backend`` is resolved."""
     start = _on_mask(problem, keep, memory_budget)
     grid = fit_grid(start, spec, channels=channels, hessian=problem.damped)
     columns = start.shape[-1]
@@ -103,10 +117,7 @@ def quantize_prepared(
     assert output.codes is not None
     if spec.scale == "hessian":
         grid = refit_scale(grid, output.codes, problem.original_batched(), problem.damped)
-    weight = grid.dequantize(output.codes)
-    mask = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
-    status = problem.status(backend)
-    return problem.solution(weight, mask, status, grid=grid, codes=problem.shaped(output.codes))
+    return GreedyCodes(problem, grid, output.codes)
 
 
 def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -> Tensor:

@@ -37,6 +37,24 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What local search after the greedy solver brought.
+
+    Attributes:
+        gain: Share of the greedy damped loss that it saved on the calibration samples, >= 0.
+        held_out_gain: Share of the greedy held-out loss that it saves when the halves of the samples judge each other;
+            None where they could not. Slightly flattered, because the depth of refinement is chosen on the same figure.
+        rows: Share of the rows that changed.
+        stopped: True when the time limit cut the search short.
+    """
+
+    gain: float
+    held_out_gain: float | None
+    rows: float
+    stopped: bool = False
+
+
+@dataclass(frozen=True)
 class LayerSolution:
     """Compressed weights of one layer problem.
 
@@ -52,6 +70,7 @@ class LayerSolution:
         status: How it was solved.
         grid: Scale and zero point of a quantized solution, otherwise None.
         codes: uint8 codes, same shape as ``weight``, of a quantized solution.
+        refinement: What refinement brought, or None when there was none.
     """
 
     weight: Tensor
@@ -62,6 +81,7 @@ class LayerSolution:
     status: Status = field(default_factory=Status)
     grid: Grid | None = None
     codes: Tensor | None = None
+    refinement: Refinement | None = None
 
     @property
     def scale(self) -> Tensor | None:

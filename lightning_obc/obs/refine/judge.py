@@ -1,0 +1,116 @@
+"""How deep to refine each row: fitted on one half of the calibration samples, judged on the other.
+
+A refinement is a path: the greedy result at depth 0, then states of ever lower damped loss on the samples it is
+fitted to. On other samples the loss falls at first and may rise later, sooner for some rows than for others. So the
+whole procedure, greedy solver included, is run on each half alone, and every state of the path is scored with the
+other half. Neither the start nor the refinement has seen the samples that judge it; judging refinements of the final
+(all-sample) greedy result instead would favour the greedy one, which has seen both halves. The depth of a row is the
+one of least loss summed over the two directions (the shallowest on ties). The final path then starts from the greedy
+result on all samples and takes each row to its depth, 0 included.
+
+With half the samples a path overfits sooner than with all, so the judgement errs on the side of the greedy result.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_obc.hessian import Hessian
+
+Path = Iterable[tuple[int, Tensor]]
+
+
+class Deadline:
+    """A moment after which a path takes no further step.
+
+    Args:
+        seconds: From now; None never ends.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self.end = None if seconds is None else time.monotonic() + seconds
+        self.hit = False
+
+    def passed(self) -> bool:
+        """True from the deadline on; remembers that a path was cut short."""
+        self.hit = self.hit or (self.end is not None and time.monotonic() >= self.end)
+        return self.hit
+
+    def share(self, parts: int) -> Deadline:
+        """A deadline after ``1/parts`` of the time that is left."""
+        return Deadline(None if self.end is None else max(0.0, self.end - time.monotonic()) / parts)
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the two halves say.
+
+    Attributes:
+        depth: ``[g, R]`` int64, how far to refine each row.
+        held_out: Relative held-out error at these depths, both directions together.
+        greedy: The same at depth 0.
+    """
+
+    depth: Tensor
+    held_out: float
+    greedy: float
+
+    @property
+    def gain(self) -> float:
+        """Share of the greedy held-out error that refinement saves. The depths were chosen on the same figures, which
+        flatters it a little."""
+        return 1 - self.held_out / self.greedy if self.greedy > 0 else 0.0
+
+
+def judge(
+    weight: Tensor,
+    hessian: Hessian,
+    path: Callable[[Tensor, Deadline], Path],
+    deadline: Deadline,
+    coupled: bool = False,
+) -> Judgement:
+    """Run a path on each half and choose depths on the other.
+
+    Args:
+        weight: ``[g, R, d]`` dense weights.
+        hessian: Statistic with samples in both halves.
+        path: ``path(half_hessian, deadline)`` yields ``(depth, weights [g, R, d])``, ascending, from depth 0 on.
+        deadline: Shared by the two paths and what follows.
+        coupled: One depth for all rows (they share a scale).
+
+    Returns:
+        The depths. A path that ends early has its last state at all greater depths.
+    """
+    halves = [hessian.half(index).to(weight.device) for index in (0, 1)]
+    dense = weight.double()
+    scores: list[dict[int, Tensor]] = []
+    for index, (fitted, judging) in enumerate((halves, halves[::-1])):
+        limit = deadline.share(3 - index)
+        scores.append({depth: row_losses(state.double() - dense, judging) for depth, state in path(fitted, limit)})
+    depths = sorted({0}.union(*scores))
+    table = sum(torch.stack([_at(score, depth) for depth in depths]) for score in scores)
+    assert isinstance(table, Tensor)
+    if coupled:
+        table = table.sum((1, 2), keepdim=True).expand_as(table)
+    # A sort, because argmin does not say which of equal values it returns.
+    best = torch.sort(table, dim=0, stable=True).indices[0]
+    reference = float(sum(row_losses(dense, half).sum() for half in halves))
+    chosen = float(table.gather(0, best[None]).sum()) if not coupled else float(table[best[0, 0], 0, 0])
+    greedy = float(table[0].sum()) if not coupled else float(table[0, 0, 0])
+    depth = torch.tensor(depths, device=weight.device)[best]
+    return Judgement(depth, chosen / max(reference, 1e-300), greedy / max(reference, 1e-300))
+
+
+def _at(score: dict[int, Tensor], depth: int) -> Tensor:
+    """The score at a depth, or at the deepest state before it."""
+    return score[max(known for known in score if known <= depth)]
+
+
+def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
+    """``½ δ_r H δ_rᵀ`` of every row: ``[g, R]`` of ``[g, R, d]`` and ``[g, d, d]``, float64."""
+    return ((delta @ hessian) * delta).sum(-1) / 2

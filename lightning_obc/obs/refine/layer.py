@@ -1,0 +1,188 @@
+"""Refine the greedy solution of one layer: judge depths on the halves, search on all samples, keep what is better."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_obc import linalg
+from lightning_obc.grids import Grid
+from lightning_obc.hessian import Hessian
+from lightning_obc.obs.problem import HessianLike, Problem, prepare
+from lightning_obc.obs.refine.codes import CodesState, descend
+from lightning_obc.obs.refine.judge import Deadline, Judgement, judge, row_losses
+from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap
+from lightning_obc.obs.solution import LayerSolution, Refinement
+from lightning_obc.obs.sweep import solve_mask
+from lightning_obc.solvers import Refine
+
+State = TypeVar("State")
+
+
+@dataclass(frozen=True)
+class GreedyMask:
+    """Masks ``[g, R, d]`` that a greedy solver chose, and the problem it finally solved."""
+
+    problem: Problem
+    mask: Tensor
+    backend: str
+    notes: tuple[str, ...] = ()
+
+    def solution(self, memory_budget: int | None = None) -> LayerSolution:
+        """Optimal weights on the mask."""
+        return solve_mask(self.problem, self.mask, self.backend, memory_budget, self.notes)
+
+
+@dataclass(frozen=True)
+class GreedyCodes:
+    """Codes ``[g, R, d]`` of a greedy solver, their grid, and the problem it finally solved."""
+
+    problem: Problem
+    grid: Grid
+    codes: Tensor
+
+    def solution(self, keep: Tensor | None, backend: str) -> LayerSolution:
+        """The solution of these codes; ``keep [g, R, d]`` is its mask, None when nothing is masked."""
+        weight = self.grid.dequantize(self.codes)
+        mask = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
+        codes = self.problem.shaped(self.codes)
+        return self.problem.solution(weight, mask, self.problem.status(backend), grid=self.grid, codes=codes)
+
+
+def refine_mask(
+    solution: LayerSolution,
+    greedy: GreedyMask,
+    hessian: HessianLike,
+    choose: Callable[[Problem], GreedyMask],
+    spec: Refine,
+    *,
+    column_group: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> LayerSolution:
+    """Swap kept for removed weights, row by row.
+
+    Args:
+        solution: The greedy solution.
+        greedy: Its mask.
+        hessian: As passed to the solver; the two-half statistic lets the halves judge.
+        choose: The greedy solver, for the halves.
+        spec: Limits.
+        column_group: ``[d]`` groups that swaps stay inside (N:M), or None.
+        memory_budget: Bytes of working memory.
+
+    Returns:
+        A solution whose damped loss is not above the greedy one's in any row, with ``refinement`` on record.
+    """
+    deadline = Deadline(spec.seconds)
+
+    def search(start: GreedyMask, limit: Deadline, depth: Tensor | None = None) -> Iterator[MaskState]:
+        problem = start.problem
+        dense = problem.original_batched()
+        layer = SwapProblem(dense, problem.damped, problem.inverse, start.mask, dense != 0, column_group)
+        return swap(layer, swaps=spec.swaps, depth=depth, deadline=limit, memory_budget=memory_budget)
+
+    def path(half: Tensor, limit: Deadline) -> Iterator[tuple[int, Tensor]]:
+        start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
+        return ((state.depth, state.weight) for state in search(start, limit))
+
+    verdict = _judged(greedy.problem, hessian, path, spec, deadline)
+    mask = _last(search(greedy, deadline, None if verdict is None else verdict.depth)).mask
+    problem = greedy.problem
+    weight = linalg.masked_refit(
+        problem.damped, problem.original_batched(), mask, inverse=problem.inverse, memory_budget=memory_budget
+    )
+    better, gain = _better_rows(problem, solution, weight, coupled=False)
+    kept = torch.where(better, mask, greedy.mask)
+    final = torch.where(better, weight, _batched(solution.weight).double())
+    refined = problem.solution(final, kept, solution.status)
+    return _recorded(refined, better, gain, verdict, deadline)
+
+
+def refine_codes(
+    solution: LayerSolution,
+    greedy: GreedyCodes,
+    hessian: HessianLike,
+    choose: Callable[[Problem], GreedyCodes],
+    spec: Refine,
+    keep: Tensor | None,
+) -> LayerSolution:
+    """Coordinate descent on codes and scales, row by row (per tensor: all rows or none).
+
+    Args:
+        solution: The greedy solution.
+        greedy: Its codes and grid.
+        hessian: As passed to the solver; the two-half statistic lets the halves judge.
+        choose: The greedy solver, for the halves.
+        spec: Limits.
+        keep: ``[g, R, d]`` bool, False where the code stays on the zero point, or None.
+
+    Returns:
+        A solution whose damped loss is not above the greedy one's in any row, with ``refinement`` on record.
+    """
+    deadline = Deadline(spec.seconds)
+    coupled = greedy.grid.spec.granularity == "tensor"
+
+    def search(start: GreedyCodes, limit: Deadline, depth: Tensor | None = None) -> Iterator[CodesState]:
+        dense, damped = start.problem.original_batched(), start.problem.damped
+        return descend(
+            dense, damped, start.grid, start.codes, keep=keep, sweeps=spec.sweeps, depth=depth, deadline=limit
+        )
+
+    def path(half: Tensor, limit: Deadline) -> Iterator[tuple[int, Tensor]]:
+        start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
+        return ((state.depth, state.weight) for state in search(start, limit))
+
+    verdict = _judged(greedy.problem, hessian, path, spec, deadline, coupled)
+    state = _last(search(greedy, deadline, None if verdict is None else verdict.depth))
+    better, gain = _better_rows(greedy.problem, solution, state.weight, coupled)
+    codes = torch.where(better, state.codes, greedy.codes)
+    scale = torch.where(better, state.grid.scale, greedy.grid.scale)
+    final = replace(greedy, grid=replace(greedy.grid, scale=scale), codes=codes)
+    refined = final.solution(keep, solution.status.backend)
+    return _recorded(refined, better, gain, verdict, deadline)
+
+
+def _judged(
+    problem: Problem,
+    hessian: HessianLike,
+    path: Callable[[Tensor, Deadline], Iterator[tuple[int, Tensor]]],
+    spec: Refine,
+    deadline: Deadline,
+    coupled: bool = False,
+) -> Judgement | None:
+    if not spec.judge or not isinstance(hessian, Hessian) or not hessian.has_both_halves:
+        return None
+    return judge(problem.original_batched(), hessian, path, deadline, coupled)
+
+
+def _last(path: Iterator[State]) -> State:
+    return deque(path, maxlen=1)[0]
+
+
+def _batched(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dim() == 3 else tensor[None]
+
+
+def _better_rows(problem: Problem, solution: LayerSolution, candidate: Tensor, coupled: bool) -> tuple[Tensor, float]:
+    """Rows ``[g, R, 1]`` whose damped loss falls, measured on weights as they are returned; and the share saved."""
+    dense = problem.original_batched().double()
+    before = row_losses(_batched(solution.weight).double() - dense, problem.damped)
+    after = row_losses(candidate.to(problem.original.dtype).double() - dense, problem.damped)
+    better = (after.sum() < before.sum()).expand_as(after) if coupled else after < before
+    total = float(before.sum())
+    gain = float((before - after)[better].sum()) / total if total > 0 else 0.0
+    return better[..., None], gain
+
+
+def _recorded(
+    refined: LayerSolution, better: Tensor, gain: float, verdict: Judgement | None, deadline: Deadline
+) -> LayerSolution:
+    rows = float(better.double().mean())
+    record = Refinement(gain, None if verdict is None else verdict.gain, rows, deadline.hit)
+    refined = replace(refined, refinement=record)
+    return refined if verdict is None else refined.with_held_out(verdict.held_out)
