@@ -149,13 +149,19 @@ def test_fixed_layers_keep_their_weights() -> None:
     assert notes == {"conv1": "its weights stay (only its bias is tuned)", "conv2": "its weights stay", "head": ""}
 
 
-def test_vectors_tune_biases_and_norm_layers_only() -> None:
+def test_vectors_find_their_way_back() -> None:
+    """Biases and norm layers that were disturbed: tuning them, and nothing else, repairs most of it."""
     dense, small, batches = _nets()
+    small.load_state_dict(dense.state_dict())
+    vectors = {"conv1.bias", "norm.weight", "norm.bias", "head.bias"}
+    with torch.no_grad():
+        for name in vectors:
+            small.get_parameter(name).add_(0.3 * torch.randn_like(small.get_parameter(name)))
     before = _state(small)
-    report = tune_vectors(small, dense, batches, lr=1e-2, epochs=40)
-    assert _changed(before, small) == {"conv1.bias", "norm.weight", "norm.bias", "head.bias"}
+    report = tune_vectors(small, dense, batches, lr=1e-2, epochs=100)
+    assert _changed(before, small) == vectors
     assert report.objective is not None
-    assert report.objective[1] < 0.9 * report.objective[0]
+    assert report.objective[1] < 0.1 * report.objective[0]
 
 
 def test_never_worse_than_the_beginning() -> None:
