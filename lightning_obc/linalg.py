@@ -188,17 +188,17 @@ def masked_refit(
     lost = (target * ~mask) @ damped_hessian
     lost = lost.reshape(groups * rows, columns)
     for chosen in _size_chunks(size, moved & ~few_pruned, budget):
-        picked, real = _padded_columns(kept[chosen])
-        matrix = _submatrix(damped_hessian, chosen // rows, picked, real)
+        picked, real = padded_columns(kept[chosen])
+        matrix = submatrix(damped_hessian, chosen // rows, picked, real)
         step = _solve(matrix, lost[chosen].gather(1, picked) * real)
         result[chosen] = result[chosen].scatter_add(1, picked, step * real)
     for chosen in _size_chunks(size, moved & few_pruned, budget):
         assert inverse is not None
-        picked, real = _padded_columns(~kept[chosen])
-        matrix = _submatrix(inverse, chosen // rows, picked, real)
+        picked, real = padded_columns(~kept[chosen])
+        matrix = submatrix(inverse, chosen // rows, picked, real)
         step = torch.zeros_like(flat[chosen])
         step.scatter_add_(1, picked, _solve(matrix, flat[chosen].gather(1, picked) * real) * real)
-        moved_by = _rowwise_product(step, inverse, chosen // rows)
+        moved_by = rowwise_product(step, inverse, chosen // rows)
         result[chosen] = torch.where(kept[chosen], flat[chosen] - moved_by, torch.zeros_like(step))
     return result.reshape(groups, rows, columns) + 0.0
 
@@ -222,14 +222,14 @@ def _size_chunks(size: Tensor, wanted: Tensor, budget: int) -> list[Tensor]:
     return chunks
 
 
-def _padded_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
+def padded_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Columns set in each row of a bool ``[P, d]``, ascending, padded to the longest row; and which are real."""
     longest = int(chosen.sum(1).max())
     order = torch.argsort(chosen.to(torch.int8), dim=1, descending=True, stable=True)[:, :longest]
     return order, chosen.gather(1, order)
 
 
-def _submatrix(matrix: Tensor, problem: Tensor, picked: Tensor, real: Tensor) -> Tensor:
+def submatrix(matrix: Tensor, problem: Tensor, picked: Tensor, real: Tensor) -> Tensor:
     """``matrix[problem][picked, picked]`` for every row, with the identity at the padding: ``[P, k, k]``."""
     sub = matrix[problem[:, None, None], picked[:, :, None], picked[:, None, :]]
     if bool(real.all()):
@@ -251,7 +251,7 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
 
 
-def _rowwise_product(rows: Tensor, matrix: Tensor, problem: Tensor) -> Tensor:
+def rowwise_product(rows: Tensor, matrix: Tensor, problem: Tensor) -> Tensor:
     """``rows[i] @ matrix[problem[i]]`` without a copy of the matrix per row."""
     if matrix.shape[0] == 1:
         return rows @ matrix[0]

@@ -19,10 +19,9 @@ from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
 from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
-from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, SweepOutput, SweepPlan
+from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepOutput, SweepPlan
 
 _NARROW, _NARROW_STEPS, _STEPS = 700, 32, 64
-_WORN_FLOAT32 = 150.0
 
 
 def sweep(plan: SweepPlan) -> SweepOutput:
@@ -110,7 +109,7 @@ def _options(plan: SweepPlan) -> kernel.Options:
         zero=scalar(0),
         half=scalar(0.5),
         one=scalar(1),
-        worn=scalar(_WORN_FLOAT32 * np.finfo(np.float32).eps / info.eps),
+        worn=scalar(WORN_FLOAT32 * np.finfo(np.float32).eps / info.eps),
         steps=_STEPS,
         narrow_steps=_NARROW_STEPS,
         narrow=_NARROW,

@@ -11,20 +11,17 @@ Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's ear
 
 from __future__ import annotations
 
-from typing import Any
-
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
 
 Array = NDArray[np.floating]
 WIDTH = 32
 CHUNK = 128
 
-# Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen.
-STRICT: dict[str, Any] = {"fastmath": {"reassoc", "contract", "arcp", "nsz"}, "error_model": "numpy", "nogil": True}
 _jit = numba.njit(**STRICT)
 _inline = numba.njit(inline="always", **STRICT)
 
@@ -53,7 +50,7 @@ def panel_at(position: int, step: int, steps: int) -> int:
     return (position // CHUNK * steps + step) * CHUNK + position % CHUNK
 
 
-@_jit
+@cached
 def pack(matrix: Array, packed: Array) -> None:
     """Copy the upper triangle of ``[d, d]`` into its packed form; the padding becomes 0."""
     size = matrix.shape[0]

@@ -8,15 +8,17 @@ inverse of ``H`` on the columns that are still free.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_obc.kernels.obs_sweep import packed, tile
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
-    STRICT,
     WIDTH,
     Array,
     at,
@@ -26,10 +28,12 @@ from lightning_obc.kernels.obs_sweep.packed import (
     invert_,
     panel_at,
 )
+from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
 # Only in these may the compiler assume ordinary numbers: it does not vectorise a minimum otherwise.
 _jit_fast = numba.njit(fastmath=True, error_model="numpy", nogil=True)
+_cheaper_to_invert = _jit(cheaper_to_invert)
 _NONE = np.iinfo(np.int32).max
 CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
 IntArray = NDArray[np.int32]
@@ -110,20 +114,10 @@ class Options(NamedTuple):
 
 
 @_jit
-def sweep_rows(first: int, last: int, p: Problem, out: Result, s: Scratch, o: Options) -> None:
-    """Sweep the rows ``first … last``."""
-    for row in range(first, last):
-        done, broken = _sweep_row(row, p, out, s, o)
-        out.steps[row] = done
-        out.broken[row] = broken
-
-
-@_jit
 def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tuple[int, bool]:
     forced, size, done, status = _begin(row, p, s, o), p.weight.shape[1], 0, CONTINUE
     source, shared = p.packed[row // o.rows], True
-    # An inverse of the k kept columns takes 2k³ in float32 flop, eliminating the others (d³ - k³)/3.
-    if forced > 0 and 7 * (size - forced) ** 3 < size**3:
+    if _cheaper_to_invert(size, forced):
         done = _take_zeros(row, forced, p, out, s, o)
         status = WORN
     while True:
@@ -224,8 +218,8 @@ def _panel(
         if done < forced:
             pivot = s.position[s.zeros[done]]
         else:
-            if done == forced:
-                leaving = _close_full_groups(leaving, p, s, o)
+            if done == forced and p.group.shape[0] > 0:
+                leaving = _close_full_groups(size, leaving, p, s, o)
             if leaving == size:
                 return ENDED, done, step, leaving
             pivot = _choose(size, s, o)
@@ -263,9 +257,11 @@ def _fix(row: int, pivot: int, done: int, known: bool, p: Problem, out: Result, 
 
 
 @_jit
-def _close_full_groups(leaving: int, p: Problem, s: Scratch, o: Options) -> int:
+def _close_full_groups(size: int, leaving: int, p: Problem, s: Scratch, o: Options) -> int:
     for group in range(p.quota.shape[0]):
         leaving = _close_if_full(group, leaving, p, s, o)
+    for chunk in range((size + CHUNK - 1) // CHUNK):
+        _score(chunk, s, o)
     return leaving
 
 
@@ -458,3 +454,20 @@ def _list_free(close: bool, p: Problem, s: Scratch) -> tuple[int, int]:
         if kind == 0:
             size = count
     return size, count
+
+
+def _entry(digest: int) -> Callable[[int, int, Problem, Result, Scratch, Options], None]:
+    """Compile the entry; ``digest`` makes the sources of all of it part of the key of numba's cache on disk."""
+
+    def sweep_rows(first: int, last: int, p: Problem, out: Result, s: Scratch, o: Options) -> None:
+        if digest < 0:
+            return
+        for row in range(first, last):
+            done, broken = _sweep_row(row, p, out, s, o)
+            out.steps[row] = done
+            out.broken[row] = broken
+
+    return cached(sweep_rows)
+
+
+sweep_rows = _entry(source_digest(__file__, packed.__file__, tile.__file__))

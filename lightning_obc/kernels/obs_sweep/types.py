@@ -25,6 +25,10 @@ from torch import Tensor
 # put the largest positive weight exactly half a step outside, where rounding must not decide.
 OUTLIER_TOLERANCE = 1e-5
 
+# A float32 sweep restarts a row from float64 when a pivot has shrunk by this factor since the row's last float64 start:
+# two of its seven digits are gone then.
+WORN_FLOAT32 = 150.0
+
 
 @dataclass(frozen=True)
 class SweepInput:
@@ -90,6 +94,15 @@ class SweepPlan:
     grid: GridInput | None
     steps: int
     memory_budget: int
+
+
+def cheaper_to_invert(columns: int, zeros: int) -> bool:
+    """Whether to start from the inverse of ``H`` on the kept columns rather than eliminate the zeros one by one.
+
+    In float32 flop of the symmetric half: inverting ``k`` columns in float64 counts ``2k³``, eliminating the others
+    ``(d³ - k³)/3``.
+    """
+    return zeros > 0 and 7 * (columns - zeros) ** 3 < columns**3
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,234 @@
+"""A chunk of rows through the Triton kernels: panels, compaction, flushes; all queued without waiting for the device.
+
+Index legend as in :mod:`.triton_kernels`. How many slots a panel can leave alive is bounded from what is known before
+the sweep, so that no launch depends on a number the device has yet to compute.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Working, move_kernel, panel_kernel
+from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepPlan
+
+# Lines of G start at multiples of this many elements, so that the kernels load 16 bytes at a time.
+ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Launch parameters; ``docs/gpu.md`` says where the figures come from.
+
+    Attributes:
+        rows: Rows of a program.
+        columns: Most slots of a tile; a power of two.
+        depth: Earlier columns of a panel that are loaded at a time.
+        lines: Lines of ``G`` that a program of the compaction moves.
+        steps: Most eliminations of a panel.
+    """
+
+    rows: int = 1
+    columns: int = 1024
+    depth: int = 8
+    lines: int = 4
+    steps: int = 128
+
+    def tile(self, size: int) -> int:
+        """Slots of a tile for a working set: no wider than it needs."""
+        return min(self.columns, max(min(self.columns, 128), triton.next_power_of_2(size)))
+
+    def warps(self, size: int) -> int:
+        """Four slots per thread: the sum over a panel's earlier columns then stays within a thread."""
+        return max(1, self.tile(size) // 128)
+
+    def panel(self, size: int) -> int:
+        """Steps of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow ones cheap."""
+        return min(self.steps, size, 128 if size > 1536 else 64 if size > 512 else 32)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the chunks of one sweep share.
+
+    Attributes:
+        plan: The checked problem.
+        lines: Its rows, and the outputs.
+        tuning: Launch parameters.
+        slack: Steps that a fresh row's groups can swallow without one of them closing.
+        extra: Columns that leave, not eliminated, with each step after those.
+    """
+
+    plan: SweepPlan
+    lines: Lines
+    tuning: Tuning
+    slack: int
+    extra: int
+
+    @property
+    def columns(self) -> int:
+        return self.plan.problem.weight.shape[2]
+
+
+@dataclass
+class Chunk:
+    """Rows in flight.
+
+    Attributes:
+        matrix: ``[n, ≥ m, line]``, ``G``: of the ``n`` problems while shared, then of the ``P`` rows.
+        shared: Whether rows of a problem still share its ``G``; slots are columns then.
+        size: ``m``.
+        remaining: Most steps that a row has still to make.
+        slack, extra: As in :class:`Job`, from here on.
+        working: State of the rows.
+    """
+
+    matrix: Tensor
+    shared: bool
+    size: int
+    remaining: int
+    slack: int
+    extra: int
+    working: Working
+
+    @property
+    def rows(self) -> int:
+        return len(self.working.row)
+
+    @property
+    def width(self) -> int:
+        return self.working.weight.shape[1]
+
+
+def aligned(size: int) -> int:
+    """``size`` rounded up to whole vectors."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def bytes_per_row(columns: int, steps: int, itemsize: int) -> int:
+    """Working memory of one row in flight: its ``G``, its panel, and vectors of state and of compaction indices."""
+    width = aligned(columns)
+    return itemsize * (width * width + steps * width + 4 * width) + 80 * width
+
+
+def run(job: Job, chunk: Chunk) -> None:
+    """Eliminate until every row has ended, broken or worn out. Queues work; waits for nothing."""
+    while chunk.size > 0 and chunk.remaining > 0:
+        steps = min(job.tuning.panel(chunk.size), chunk.remaining)
+        _launch_panel(job, chunk, steps)
+        chunk.remaining -= steps
+        # Groups can swallow ``slack`` steps without closing; every later step closes one and takes ``extra`` more.
+        closing = max(0, steps - chunk.slack)
+        chunk.slack = max(0, chunk.slack - steps)
+        smaller = chunk.size - steps - closing * chunk.extra
+        if smaller <= 0 or chunk.remaining == 0:
+            return
+        _compact(job, chunk, smaller, steps)
+        _flush(chunk, steps)
+
+
+def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
+    plan, tuning, working = job.plan, job.tuning, chunk.working
+    dtype = working.weight.dtype
+    worn = WORN_FLOAT32 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    panel_kernel[(triton.cdiv(chunk.rows, tuning.rows),)](
+        job.lines,
+        working,
+        chunk.matrix,
+        chunk.matrix.stride(0),
+        chunk.matrix.stride(1),
+        chunk.rows,
+        chunk.size,
+        steps,
+        chunk.width,
+        working.panel.stride(0),
+        job.columns,
+        plan.steps,
+        0 if plan.groups is None else len(plan.groups.quota),
+        MAX_CODE=0 if plan.grid is None else plan.grid.max_code,
+        FAR=0.5 * (1 + OUTLIER_TOLERANCE),
+        WORN_RATIO=worn,
+        ROWS=tuning.rows,
+        COLS=tuning.tile(chunk.size),
+        DEPTH=tuning.depth,
+        num_warps=tuning.warps(chunk.size),
+        # Contraction would give a weight that lies on its grid point an error.
+        enable_fp_fusion=False,
+    )
+
+
+def _compact(job: Job, chunk: Chunk, size: int, steps: int) -> None:
+    """Move what lives in the last slots into dead ones before them, in ``G``, panel and state."""
+    working = chunk.working
+    hole, source = _moves(working.column[:, : chunk.size], size)
+    origin = torch.arange(chunk.size, device=hole.device).expand(chunk.rows, -1).scatter(1, hole, source)
+    if chunk.shared:
+        line = aligned(size)
+        matrix = chunk.matrix.new_empty(chunk.rows, size, line)
+        every = torch.arange(size, device=hole.device).expand(chunk.rows, -1).contiguous()
+        _move(job, chunk, matrix, every, origin, size)
+        chunk.matrix, chunk.shared = matrix, False
+        working.owner.copy_(torch.arange(chunk.rows, device=hole.device))
+    else:
+        _move(job, chunk, chunk.matrix, hole, origin, size)
+    for state in (working.weight, working.column):
+        state.scatter_(1, hole, state.gather(1, source))
+    panel = working.panel[:, :steps]
+    panel.scatter_(2, hole[:, None].expand(-1, steps, -1), panel.gather(2, source[:, None].expand(-1, steps, -1)))
+    chunk.size = size
+
+
+def _moves(column: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Dead slots below ``size`` and the living slots from there on that take their places, both ``[P, m - size]``.
+
+    Where there are fewer, the last slot takes its own place, which changes nothing.
+    """
+    rows, total = column.shape
+    room = total - size
+    dead, alive = column[:, :size] < 0, column[:, size:] >= 0
+    count = alive.sum(1, keepdim=True)
+
+    def places(chosen: Tensor, first: int) -> Tensor:
+        # The extra place at the end takes everything that is not chosen or has no partner.
+        rank = chosen.cumsum(1) - 1
+        index = torch.where(chosen & (rank < count), rank, room)
+        slot = torch.arange(first, first + chosen.shape[1], device=column.device).expand(rows, -1)
+        return slot.new_full((rows, room + 1), total - 1).scatter_(1, index, slot)[:, :room]
+
+    idle = torch.arange(room, device=column.device) >= count
+    hole = places(dead, 0).masked_fill_(idle, total - 1)
+    source = places(alive, size).masked_fill_(idle, total - 1)
+    return hole.contiguous(), source.contiguous()
+
+
+def _move(job: Job, chunk: Chunk, target: Tensor, hole: Tensor, origin: Tensor, size: int) -> None:
+    tuning = job.tuning
+    move_kernel[(triton.cdiv(chunk.rows, tuning.rows), triton.cdiv(hole.shape[1], tuning.lines))](
+        chunk.matrix,
+        chunk.matrix.stride(0),
+        chunk.matrix.stride(1),
+        chunk.working.owner,
+        target,
+        target.stride(0),
+        target.stride(1),
+        hole,
+        origin,
+        chunk.rows,
+        size,
+        hole.shape[1],
+        origin.stride(0),
+        MIRROR=not chunk.shared,
+        ROWS=tuning.rows,
+        LINES=tuning.lines,
+        COLS=tuning.tile(size),
+        num_warps=4,
+    )
+
+
+def _flush(chunk: Chunk, steps: int) -> None:
+    """``G -= V Vᵀ`` on the slots that are left."""
+    panel = chunk.working.panel[:, :steps, : chunk.size]
+    chunk.matrix[:, : chunk.size, : chunk.size].baddbmm_(panel.mT, panel, alpha=-1)
