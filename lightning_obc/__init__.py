@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_obc import baselines, errors, obs
     from lightning_obc.callbacks import OBCCallback
+    from lightning_obc.correction_spec import Correct
     from lightning_obc.grids import Grid
     from lightning_obc.hessian import Hessian
     from lightning_obc.obs import LayerSolution
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "OBCCallback": "lightning_obc.callbacks",
+    "Correct": "lightning_obc.correction_spec",
     "Grid": "lightning_obc.grids",
     "Hessian": "lightning_obc.hessian",
     "LayerSolution": "lightning_obc.obs",
@@ -43,6 +45,7 @@ __all__ = [
     "Block",
     "Calibration",
     "CompressionReport",
+    "Correct",
     "Grid",
     "Hessian",
     "IntGrid",

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from lightning_obc.baselines import adaprune, gptq, magnitude, round_to_nearest, sparsegpt
 from lightning_obc.calibration import calibration_batches, collect_hessians
-from lightning_obc.errors import NonFiniteError, SpecError
+from lightning_obc.correction import CorrectionReport, dense_references, run_correction
+from lightning_obc.correction_spec import Correct
+from lightning_obc.errors import NonFiniteError, OBCError, SpecError
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import adapter_for, unsupported_layers
 from lightning_obc.obs import LayerSolution, prune, quantize
@@ -92,7 +94,10 @@ def run_stage(
 
     Raises:
         LayerNotFoundError, PatternError, NonFiniteError, CalibrationError: Before any weight is changed.
+        SpecError: The stage is a correction, which :func:`correct_after` runs.
     """
+    if isinstance(stage, Correct):
+        raise SpecError(f"{stage} solves no layers", got="run_stage", expected="correct_after")
     started = time.perf_counter()
     plan = plan_stage(model, stage) if plan is None else plan
     hessians = collect(plan.modules)
@@ -168,6 +173,36 @@ def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seco
     )
 
 
+def correct_after(
+    model: nn.Module,
+    stage: Correct,
+    batches: Any,
+    reports: Sequence[StageReport],
+    *,
+    on_failure: OnFailure = "keep",
+    **options: Any,
+) -> CorrectionReport:
+    """Run a correction on what earlier stages compressed; after a failure the model is as it was before.
+
+    Args:
+        model: The compressed model, changed in place.
+        stage: The correction.
+        batches: Calibration batches.
+        reports: Reports of the stages before.
+        on_failure: ``"keep"`` goes on without the correction and says so in its report; ``"raise"`` stops.
+        options: ``dense``, ``forward``, ``progress`` and ``reduce`` of
+            :func:`~lightning_obc.correction.run_correction`.
+    """
+    compressed = {row.name: None for report in reports for row in report.layers if row.compressed}
+    quantized = {name for report in reports for name, found in report.solutions.items() if found.grid is not None}
+    try:
+        return run_correction(model, stage, batches, compressed=list(compressed), quantized=quantized, **options)
+    except OBCError as error:
+        if on_failure == "raise":
+            raise
+        return CorrectionReport(stage.method, notes=(f"not corrected: {error}",))
+
+
 def compress(
     model: nn.Module,
     batches: Any,
@@ -206,9 +241,15 @@ def compress(
         plan_stage(model, stage)
     source = calibration_batches(batches, spec)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
-    reports = []
+    reports: list[StageReport] = []
+    corrections: list[CorrectionReport] = []
     with shown(progress) as report_progress:
-        for stage in stages:
+        dense = dense_references(model, stages, source, forward=forward, progress=report_progress)
+        for index, stage in enumerate(stages):
+            if isinstance(stage, Correct):
+                options: dict[str, Any] = {"dense": dense.get(index), "forward": forward, "progress": report_progress}
+                corrections.append(correct_after(model, stage, source, reports, on_failure=on_failure, **options))
+                continue
 
             def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
                 return collect_hessians(
@@ -217,4 +258,4 @@ def compress(
 
             reports.append(run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress))
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
-    return CompressionReport(model, reports, unsupported_layers(model), figures)
+    return CompressionReport(model, reports, unsupported_layers(model), figures, corrections)

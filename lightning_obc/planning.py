@@ -9,6 +9,8 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.correction import check_correction
+from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import (
     LayerNotFoundError,
     NonFiniteError,
@@ -59,6 +61,8 @@ class StagePlan:
     def __str__(self) -> str:
         from lightning_obc.report import render
 
+        if isinstance(self.stage, Correct):
+            return f"Plan of {self.stage}: no Hessians"
         columns = ("layer", "type", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
         rows = [
             [
@@ -83,6 +87,9 @@ def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
         PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
         NonFiniteError: NaN or Inf in a weight.
     """
+    if isinstance(stage, Correct):
+        check_correction(model, stage)
+        return StagePlan(stage, [], {})
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     misfits: dict[str, PatternError] = {}
@@ -167,12 +174,16 @@ def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
     """Refuse recipes whose later stages would destroy what earlier ones made.
 
     Raises:
-        ScheduleError: No stages, or a layer that is pruned after it was quantized.
+        ScheduleError: No stages, a layer that is pruned after it was quantized, or a correction towards the dense
+            model before anything has changed.
     """
     if not stages:
         raise ScheduleError("A recipe has no stages", got="[]", expected="at least one Prune or Quantize")
     quantized: dict[str, str] = {}
-    for stage in stages:
+    for index, stage in enumerate(stages):
+        if isinstance(stage, Correct):
+            _check_correction_order(stage, stages[:index])
+            continue
         names = set(select_layers(model, stage.layers, stage.exclude))
         if isinstance(stage, Quantize):
             quantized |= {name: str(stage) for name in names}
@@ -183,3 +194,13 @@ def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
                 expected="pruning before quantization, so that weights stay on their grid",
                 remedy="put the Prune stage first",
             )
+
+
+def _check_correction_order(stage: Correct, before: Sequence[Stage]) -> None:
+    if stage.needs_dense and all(isinstance(earlier, Correct) for earlier in before):
+        raise ScheduleError(
+            f"{stage} has nothing to correct",
+            got="no Prune or Quantize stage before it",
+            expected="corrections behind the stages that change weights",
+            remedy="put it last",
+        )

@@ -68,7 +68,7 @@ def reset_batch_norm(
     if momentum is not None and not 0 < momentum <= 1:
         raise SpecError("A momentum is not possible", got=momentum, expected="a number in (0, 1], or None")
     started = time.perf_counter()
-    norms, skipped = _tracking(norm_layers(model, layers, exclude))
+    norms, skipped = tracking_layers(norm_layers(model, layers, exclude))
     done, measured = 0, {}
     total = count_batches(batches, batches_limit)
     with torch.no_grad(), quiet(model), _training(norms, momentum) as counts:
@@ -90,8 +90,12 @@ def reset_batch_norm(
     return CorrectionReport("batch_norm", rows, skipped, done, time.perf_counter() - started)
 
 
-def _tracking(norms: Mapping[str, nn.Module]) -> tuple[dict[str, _NormBase], dict[str, str]]:
-    """Layers with running statistics of their own, and why a batch-norm layer is none of them."""
+def tracking_layers(norms: Mapping[str, nn.Module]) -> tuple[dict[str, _NormBase], dict[str, str]]:
+    """Of norm layers by name: those that track running statistics, and why a batch-norm layer is none of them.
+
+    Raises:
+        LayerNotFoundError: There is none.
+    """
     kept: dict[str, _NormBase] = {}
     skipped: dict[str, str] = {}
     for name, module in norms.items():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from lightning_obc.obs.solution import LayerSolution
+
+if TYPE_CHECKING:
+    from lightning_obc.correction import CorrectionReport
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,14 @@ class CompressionReport:
         stages: One report per stage, in order.
         left_dense: Weight-carrying modules that no stage could handle, with the reason.
         figures: Named figures of the dense and the compressed model: ``{"accuracy": (dense, compressed)}``.
+        corrections: One report per correction stage, in order.
     """
 
     model: nn.Module = field(repr=False)
     stages: list[StageReport]
     left_dense: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    corrections: Sequence[CorrectionReport] = ()
 
     @property
     def solutions(self) -> dict[str, LayerSolution]:
@@ -135,4 +140,5 @@ class CompressionReport:
             "stages": [stage.to_dict() for stage in self.stages],
             "left_dense": dict(self.left_dense),
             "figures": {name: list(pair) for name, pair in self.figures.items()},
+            "corrections": [correction.to_dict() for correction in self.corrections],
         }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from lightning_obc.report.result import CompressionReport, LayerReport, StageReport
+
+if TYPE_CHECKING:
+    from lightning_obc.correction import CorrectionReport
 
 COLUMNS = ("layer", "type", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
 
@@ -33,9 +37,22 @@ def stage_table(stage: StageReport) -> str:
     return "\n".join([render(title, COLUMNS, rows), note, *left])
 
 
+def correction_table(correction: CorrectionReport) -> str:
+    """Per-layer table of one correction, and what was left out."""
+    rows = [
+        [row.name, row.type, f"{row.before:.4g}", "" if row.after is None else f"{row.after:.4g}", row.note or "ok"]
+        for row in correction.layers
+    ]
+    title = f"{correction}, {correction.batches} batches, {correction.seconds:.1f} s"
+    left = [f"left as it was: {name} ({reason})" for name, reason in correction.skipped.items()]
+    columns = ("layer", "type", "distance before", "after", "status")
+    return "\n".join([render(title, columns, rows), *correction.notes, *left])
+
+
 def report_table(report: CompressionReport) -> str:
     """Every stage, then dense against compressed figures."""
     parts = [stage_table(stage) for stage in report.stages]
+    parts += [correction_table(correction) for correction in report.corrections]
     if report.figures:
         rows = [
             [name, f"{dense:.4f}", f"{small:.4f}", f"{small - dense:+.4f}"]
