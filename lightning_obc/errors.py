@@ -108,3 +108,7 @@ class ExportError(OBCError, RuntimeError):
 
 class BudgetError(OBCError, ValueError):
     """A compression budget that cannot be met."""
+
+
+class DatabaseError(OBCError, RuntimeError):
+    """A database of levels with files that are missing or damaged."""
