@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 Unit = tuple[int, int]
 
@@ -20,7 +20,7 @@ def units_of(columns: int, channels: int, size: int) -> list[Unit]:
 def grouped(tensor: Tensor, channels: int, size: int) -> Tensor:
     """``[g, R, d]`` as ``[g, R, positions, units, size]``; short last units are padded with zeros."""
     split = tensor.reshape(*tensor.shape[:2], -1, channels)
-    return pad(split, (0, -channels % size)).reshape(*split.shape[:3], -1, size)
+    return torch.constant_pad_nd(split, (0, -channels % size)).reshape(*split.shape[:3], -1, size)
 
 
 def ungrouped(tensor: Tensor, channels: int) -> Tensor:

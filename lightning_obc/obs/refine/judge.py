@@ -1,12 +1,17 @@
 """How deep to refine each row: fitted on one half of the calibration samples, judged on the other.
 
-A refinement is a path: the greedy result at depth 0, then states of ever lower damped loss on the samples it is
-fitted to. On other samples the loss falls at first and may rise later, sooner for some rows than for others. So the
-whole procedure, greedy solver included, is run on each half alone, and every state of the path is scored with the
-other half. Neither the start nor the refinement has seen the samples that judge it; judging refinements of the final
-(all-sample) greedy result instead would favour the greedy one, which has seen both halves. The depth of a row is the
-one of least loss summed over the two directions (the shallowest on ties). The final path then starts from the greedy
-result on all samples and takes each row to its depth, 0 included.
+A refinement is a path: the greedy result at depth 0, then states of ever lower damped loss on the samples it is fitted
+to. On other samples the loss falls at first and may rise later, sooner for some rows than for others. So the whole
+procedure, greedy solver included, is run on each half alone, and every state of the path is scored with the other half.
+Neither the start nor the refinement has seen the samples that judge it; judging refinements of the final (all-sample)
+greedy result instead would favour the greedy one, which has seen both halves. The final path then starts from the
+greedy result on all samples and takes each row to its own depth, 0 included.
+
+The depth of a row is the one of least expected change of its held-out loss. A row's own change is noisy: it is one
+draw for each half, of another greedy start. It counts in proportion to its reliability, which the two directions tell:
+where the rows that gain in one direction are those that gain in the other, a row's own figure decides; where they
+agree about nothing but the average, the layer's figure decides for all rows (the empirical Bayes estimate
+``μ + B (x_r - μ)``, with ``B = cov(x¹, x²) / var((x¹ + x²)/2)`` over the rows, kept in [0, 1]).
 
 With half the samples a path overfits sooner than with all, so the judgement errs on the side of the greedy result.
 """
@@ -93,17 +98,42 @@ def judge(
         limit = deadline.share(3 - index)
         scores.append({depth: row_losses(state.double() - dense, judging) for depth, state in path(fitted, limit)})
     depths = sorted({0}.union(*scores))
-    table = sum(torch.stack([_at(score, depth) for depth in depths]) for score in scores)
-    assert isinstance(table, Tensor)
-    if coupled:
-        table = table.sum((1, 2), keepdim=True).expand_as(table)
-    # A sort, because argmin does not say which of equal values it returns.
-    best = torch.sort(table, dim=0, stable=True).indices[0]
-    reference = float(sum(row_losses(dense, half).sum() for half in halves))
-    chosen = float(table.gather(0, best[None]).sum()) if not coupled else float(table[best[0, 0], 0, 0])
-    greedy = float(table[0].sum()) if not coupled else float(table[0, 0, 0])
-    depth = torch.tensor(depths, device=weight.device)[best]
-    return Judgement(depth, chosen / max(reference, 1e-300), greedy / max(reference, 1e-300))
+    one, two = (torch.stack([_at(score, depth) for depth in depths]) for score in scores)
+    # A sort, because argmin does not say which of equal values it returns; ties go to the shallowest.
+    best = torch.sort(expected_change(one, two, coupled), dim=0, stable=True).indices[:1]
+    table = one + two
+    reference = max(float(sum(row_losses(dense, half).sum() for half in halves)), 1e-300)
+    held_out, greedy = float(table.gather(0, best).sum()) / reference, float(table[0].sum()) / reference
+    return Judgement(torch.tensor(depths, device=weight.device)[best[0]], held_out, greedy)
+
+
+def expected_change(one: Tensor, two: Tensor, coupled: bool = False) -> Tensor:
+    """Expected relative change of every row's held-out loss at every depth, from both directions.
+
+    Args:
+        one: ``[depths, g, R]`` held-out losses, fitted on the first half and judged on the second.
+        two: The same the other way round.
+        coupled: All rows share the layer's figure.
+
+    Returns:
+        ``[depths, g, R]`` float64; 0 at depth 0.
+    """
+    flat = [part.flatten(1) for part in (one, two, one + two)]
+    first, second, own = map(_relative, flat)
+    layer = _relative(flat[2].sum(1, keepdim=True))
+    if coupled or own.shape[1] == 1:
+        return layer.expand_as(own).reshape(one.shape)
+    centred = [part - part.mean(1, keepdim=True) for part in (first, second)]
+    shared = (centred[0] * centred[1]).mean(1, keepdim=True)
+    spread = ((centred[0] + centred[1]) / 2).square().mean(1, keepdim=True)
+    reliability = (shared / spread.clamp(min=1e-300)).clamp(0, 1)
+    return (layer + reliability * (own - layer)).reshape(one.shape)
+
+
+def _relative(losses: Tensor) -> Tensor:
+    """Change relative to depth 0; 0 for rows that are exact there."""
+    before = losses[:1]
+    return torch.where(before > 0, losses / torch.where(before > 0, before, 1.0) - 1, 0.0)
 
 
 def _at(score: dict[int, Tensor], depth: int) -> Tensor:

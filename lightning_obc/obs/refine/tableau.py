@@ -56,7 +56,7 @@ def pivot_block(base: Tensor, pivots: Tensor) -> Tensor:
     cross = inverse @ moved[:, :most]
     swept = torch.baddbmm(moved, moved[:, :, :most], cross, alpha=-1)
     rows, columns = real[:, :, None], real[:, None, :]
-    padded = torch.nn.functional.pad(cross, (0, 0, 0, base.shape[1] - most))
+    padded = torch.constant_pad_nd(cross, (0, 0, 0, base.shape[1] - most))
     swept = torch.where(rows, padded, torch.where(columns, padded.mT, swept))
     swept[:, :most, :most] = torch.where(inside, -inverse, swept[:, :most, :most])
     back = torch.argsort(order, dim=1)
