@@ -16,6 +16,7 @@ from lightning_obc.kernels.hessian_update import (
     symmetrise_,
 )
 from lightning_obc.kernels.hessian_update.linear import CHUNK, STRIP
+from lightning_obc.kernels.hessian_update.rows import accumulate_rows_, rows_pay
 
 
 def poisoned(groups: int, columns: int) -> torch.Tensor:
@@ -69,6 +70,57 @@ def test_conv_equals_naive_over_several_strips(size: tuple[int, int]) -> None:
     out = poisoned(1, 18)
     accumulate_conv_(out, x, geometry)
     torch.testing.assert_close(symmetrise_(out), naive_conv(x, geometry), rtol=1e-6, atol=1e-3)
+
+
+ROWS = {
+    "3x3": (ConvGeometry((3, 3), (1, 1), (1, 1), ((1, 1), (1, 1))), (20, 2, 16, 15)),
+    "strides and dilations along the columns": (
+        ConvGeometry((3, 2), (1, 2), (1, 3), ((0, 2), (1, 0)), "replicate"),
+        (10, 3, 30, 31),
+    ),
+    "dilated rows": (ConvGeometry((3, 3), (1, 1), (2, 1), ((2, 2), (1, 1))), (9, 2, 24, 21)),
+    "even": (ConvGeometry((2, 4), (1, 1), (1, 1), ((0, 1), (1, 2))), (3, 2, 40, 39)),
+    "long rows": (ConvGeometry((2, 3), (1, 1), (1, 1), ((0, 0), (1, 1))), (1, 2, 8, 1500)),
+    "one dimension": (ConvGeometry((5,), (1,), (1,), ((2, 2),)), (40, 3, 130)),
+    "three dimensions": (ConvGeometry((2, 2, 3), (1, 2, 1), (1, 1, 1), ((0, 0), (0, 1), (1, 1))), (5, 2, 9, 15, 14)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_offset_difference_form_equals_naive(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    geometry, shape = ROWS[name]
+    x = torch.randn(shape, dtype=dtype)
+    out = poisoned(1, geometry.positions * shape[1])
+    accumulate_rows_(out, x, geometry)
+    expected = naive_conv(x, geometry)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-13
+    torch.testing.assert_close(symmetrise_(out), expected, rtol=0, atol=tolerance * expected.amax().item())
+
+
+SQUARE = ((1, 1), (1, 1), ((1, 1), (1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("geometry", "shape", "pays"),
+    [
+        (ConvGeometry((3, 3), *SQUARE), (2, 24, 32, 32), True),
+        (ConvGeometry((3, 3), *SQUARE), (1, 24, 32, 32), False),
+        (ConvGeometry((3, 3), *SQUARE), (2, 16, 32, 32), False),
+        (ConvGeometry((3, 3), *SQUARE), (90, 24, 7, 7), False),
+        (ConvGeometry((3, 3), (2, 1), *SQUARE[1:]), (4, 24, 32, 32), False),
+        (ConvGeometry((3, 3), *SQUARE, groups=2), (2, 24, 32, 32), False),
+        (ConvGeometry((1, 3), *SQUARE[:2], ((0, 0), (1, 1))), (2, 24, 32, 32), False),
+    ],
+)
+def test_when_the_offset_difference_form_is_taken(geometry: ConvGeometry, shape: tuple[int, ...], pays: bool) -> None:
+    x = torch.randn(shape)
+    assert rows_pay(x, geometry) == pays
+    out = poisoned(geometry.groups, geometry.positions * shape[1] // geometry.groups)
+    accumulate_conv_(out, x, geometry)
+    expected = naive_conv(x, geometry)
+    torch.testing.assert_close(symmetrise_(out), expected, rtol=0, atol=1e-6 * expected.amax().item())
 
 
 def test_sums_add_up_over_calls_and_memory_format_does_not_matter() -> None:

@@ -6,7 +6,8 @@ float32 products of at most about a thousand positions, added in float64. They r
 
 from __future__ import annotations
 
-from lightning_obc.kernels.hessian_update.conv import ConvGeometry, accumulate_conv_
+from lightning_obc.kernels.hessian_update.conv import accumulate_conv_
+from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import accumulate_linear_, symmetrise_
 from lightning_obc.kernels.hessian_update.naive import naive_conv, naive_linear
 from lightning_obc.kernels.hessian_update.precision import exact_products, ieee_float32

@@ -7,62 +7,15 @@ the order (kernel position, input channel of the group), channels fastest.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_obc.errors import ShapeError
+from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import CHUNK, add_products_, check_accumulator
 from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
-
-
-@dataclass(frozen=True)
-class ConvGeometry:
-    """Where a convolution's patches lie. All tuples run over the spatial dimensions, first to last.
-
-    Attributes:
-        kernel_size: Kernel positions per dimension.
-        stride: Step between patches.
-        dilation: Step between the positions of one patch.
-        padding: (before, after) per dimension.
-        padding_mode: ``"constant"`` (zeros), ``"reflect"``, ``"replicate"`` or ``"circular"``.
-        groups: Number of problems; channels are split evenly among them.
-    """
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    padding_mode: str = "constant"
-    groups: int = 1
-
-    @property
-    def positions(self) -> int:
-        """``K``, the number of kernel positions."""
-        return math.prod(self.kernel_size)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """``[N, C, *spatial]`` with the padding applied."""
-        if not any(map(any, self.padding)):
-            return x
-        last_first = [side for pair in reversed(self.padding) for side in pair]
-        return F.pad(x, last_first, mode=self.padding_mode)
-
-    def output_size(self, padded: Sequence[int]) -> tuple[int, ...]:
-        """Patches per dimension of an input whose padded spatial sizes are given.
-
-        Raises:
-            ShapeError: The input is smaller than the kernel.
-        """
-        axes = zip(padded, self.kernel_size, self.stride, self.dilation, strict=True)
-        sizes = tuple((size - dil * (k - 1) - 1) // step + 1 for size, k, step, dil in axes)
-        if min(sizes) < 1:
-            raise ShapeError(
-                "An input is smaller than the kernel", got=tuple(padded), expected=f"at least {self.kernel_size}"
-            )
-        return sizes
+from lightning_obc.kernels.hessian_update.rows import accumulate_rows_, rows_pay
 
 
 def accumulate_conv_(out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
@@ -70,7 +23,7 @@ def accumulate_conv_(out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
 
     What lies below the diagonal of ``out`` is unspecified until
     :func:`~lightning_obc.kernels.hessian_update.linear.symmetrise_`. Working memory: the patches of about a thousand
-    positions.
+    positions, or the input once for each column of the kernel where :mod:`~.rows` pays.
 
     Args:
         out: ``[g, d, d]`` float64.
@@ -90,14 +43,16 @@ def accumulate_conv_(out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
             expected=f"[N, C, {spatial} sizes] with {geometry.positions} * C / {geometry.groups} columns",
         )
     with exact_products(x.device.type):
+        if rows_pay(x, geometry):
+            accumulate_rows_(out, x, geometry)
+            return
         for patches in _patches(x, geometry):
             add_products_(out, patches)
 
 
 def _patches(x: Tensor, geometry: ConvGeometry) -> Iterator[Tensor]:
     """Patches ``[n, g, d]`` of about ``CHUNK`` positions each: several small images, or strips of a large one."""
-    padded = [size + sum(pair) for size, pair in zip(x.shape[2:], geometry.padding, strict=True)]
-    sizes = geometry.output_size(padded)
+    sizes = geometry.output_size(geometry.padded_size(x.shape[2:]))
     images = max(1, CHUNK // math.prod(sizes))
     rows = max(1, min(sizes[0], CHUNK // math.prod(sizes[1:])))
     for chunk in x.split(images):

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from lightning_obc.kernels.hessian_update.conv import ConvGeometry
+from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 
 
 def naive_linear(x: Tensor) -> Tensor:
