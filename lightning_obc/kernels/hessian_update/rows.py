@@ -18,7 +18,6 @@ from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import CHUNK
 from lightning_obc.kernels.hessian_update.precision import as_accumulable
 
-
 # Where this form was measured to be faster than strips of patches: 1.4 to 2.4 times from these sizes on.
 _LEAST_WIDTH = 64
 _LEAST_POSITIONS = 2 * CHUNK
