@@ -25,10 +25,10 @@ INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)
 DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 
-def default_tuning(rows: int) -> Tuning:
-    """Launch parameters here: those of a GPU, or few and large operations for the interpreter."""
+def default_tuning(rows: int, itemsize: int) -> Tuning:
+    """Launch parameters here: tiles of 4 KiB on a GPU, few and large operations for the interpreter."""
     if not INTERPRETED:
-        return Tuning()
+        return Tuning(columns=4096 // itemsize)
     return Tuning(rows=min(64, triton.next_power_of_2(rows)), columns=256, depth=8, lines=32)
 
 
@@ -44,7 +44,7 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
     out = empty_output(plan)
     device = plan.problem.weight.device
     total = out.count.numel()
-    job = _job(plan, out, default_tuning(total) if tuning is None else tuning)
+    job = _job(plan, out, default_tuning(total, plan.problem.weight.element_size()) if tuning is None else tuning)
     size = rows_per_chunk(plan, job.tuning)
     start, warned = 0, False
     with ExitStack() as stack:
@@ -54,10 +54,12 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
             stack.enter_context(torch.cuda.device(device))
         while start < total:
             rows = torch.arange(start, min(start + size, total), device=device)
-            if _fits(job, out, rows, size):
+            if _fits(job, out, rows):
                 start += len(rows)
                 continue
             size = (len(rows) + 1) // 2
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
             if not warned:
                 log.warning("Out of device memory with %d rows in flight; going on with %d", len(rows), size)
             warned = True
@@ -88,7 +90,7 @@ def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning) -> Job:
             group=None if groups is None else groups.column_group.contiguous(),
             order=out.order.view(-1, plan.steps),
             losses=out.losses.view(-1, plan.steps),
-            count=out.count.view(-1),
+            done=out.count.view(-1),
             codes=None if out.codes is None else out.codes.flatten(0, 1),
         ),
         tuning,
@@ -97,7 +99,7 @@ def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning) -> Job:
 
 
 def _closing_bound(groups: NMGroups | None, zeros: bool) -> tuple[int, int]:
-    """``slack`` and ``extra`` of :class:`Job`. Zeros that are there already spread as they like: nothing is promised."""
+    """``slack`` and ``extra`` of :class:`Job`. Zeros that are there already lie as they like: nothing is promised."""
     if groups is None or zeros:
         return 0, 0
     members = torch.bincount(groups.column_group, minlength=len(groups.quota))
@@ -106,7 +108,7 @@ def _closing_bound(groups: NMGroups | None, zeros: bool) -> tuple[int, int]:
     return slack, extra
 
 
-def _fits(job: Job, out: SweepOutput, rows: Tensor, size: int) -> bool:
+def _fits(job: Job, out: SweepOutput, rows: Tensor) -> bool:
     """Sweep a chunk; False when memory ran out and the chunk can still be halved."""
     try:
         _sweep_rows(job, out, rows)
@@ -120,7 +122,7 @@ def _fits(job: Job, out: SweepOutput, rows: Tensor, size: int) -> bool:
 def _sweep_rows(job: Job, out: SweepOutput, rows: Tensor) -> None:
     """The only waits for the device are here, one when all panels are queued, and in restarts."""
     lines = job.lines
-    lines.order[rows], lines.losses[rows], lines.count[rows] = -1, 0, 0
+    lines.order[rows], lines.losses[rows], lines.done[rows] = -1, 0, 0
     if lines.keep is not None and cheaper_to_invert(job.columns, int((lines.keep[rows] == 0).sum(1).min())):
         take_zeros(job, rows)
         chunk = restarted(job, rows)

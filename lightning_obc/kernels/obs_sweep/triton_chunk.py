@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Working, move_kernel, panel_kernel
+from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Sizes, Working, panel_kernel
+from lightning_obc.kernels.obs_sweep.triton_move import move_kernel
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepPlan
 
 # Lines of G start at multiples of this many elements, so that the kernels load 16 bytes at a time.
@@ -38,12 +39,12 @@ class Tuning:
     steps: int = 128
 
     def tile(self, size: int) -> int:
-        """Slots of a tile for a working set: no wider than it needs."""
-        return min(self.columns, max(min(self.columns, 128), triton.next_power_of_2(size)))
+        """Slots of a tile for a working set: no wider than it needs, and at least a warp's."""
+        return min(self.columns, max(128, triton.next_power_of_2(size)))
 
-    def warps(self, size: int) -> int:
-        """Four slots per thread: the sum over a panel's earlier columns then stays within a thread."""
-        return max(1, self.tile(size) // 128)
+    def warps(self, size: int, itemsize: int) -> int:
+        """16 bytes per thread: the sum over a panel's earlier columns then stays within a thread."""
+        return max(1, self.tile(size) * itemsize // 512)
 
     def panel(self, size: int) -> int:
         """Steps of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow ones cheap."""
@@ -134,27 +135,30 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
     plan, tuning, working = job.plan, job.tuning, chunk.working
     dtype = working.weight.dtype
     worn = WORN_FLOAT32 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+    sizes = Sizes(
+        stride=chunk.matrix.stride(0),
+        line=chunk.matrix.stride(1),
+        width=chunk.width,
+        panel=working.panel.stride(0),
+        columns=job.columns,
+        length=plan.steps,
+        groups=0 if plan.groups is None else len(plan.groups.quota),
+    )
     panel_kernel[(triton.cdiv(chunk.rows, tuning.rows),)](
         job.lines,
         working,
+        sizes,
         chunk.matrix,
-        chunk.matrix.stride(0),
-        chunk.matrix.stride(1),
         chunk.rows,
         chunk.size,
         steps,
-        chunk.width,
-        working.panel.stride(0),
-        job.columns,
-        plan.steps,
-        0 if plan.groups is None else len(plan.groups.quota),
         MAX_CODE=0 if plan.grid is None else plan.grid.max_code,
         FAR=0.5 * (1 + OUTLIER_TOLERANCE),
         WORN_RATIO=worn,
         ROWS=tuning.rows,
         COLS=tuning.tile(chunk.size),
         DEPTH=tuning.depth,
-        num_warps=tuning.warps(chunk.size),
+        num_warps=tuning.warps(chunk.size, dtype.itemsize),
         # Contraction would give a weight that lies on its grid point an error.
         enable_fp_fusion=False,
     )

@@ -1,4 +1,4 @@
-"""How rows enter the Triton sweep: fresh, sharing their problem's ``G``, or from the float64 inverse on what is free."""
+"""How rows enter the Triton sweep: fresh, sharing their problem's ``G``, or from a float64 inverse on what is free."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def take_zeros(job: Job, rows: Tensor) -> None:
     zeros = lines.keep[rows] == 0
     columns, real = padded_columns(zeros)
     lines.order[rows, : columns.shape[1]] = torch.where(real, columns, -1).to(torch.int32)
-    lines.count[rows] = real.sum(1).to(torch.int32)
+    lines.done[rows] = real.sum(1).to(torch.int32)
     if lines.codes is not None and lines.zero_point is not None:
         lines.codes[rows] = torch.where(zeros, lines.zero_point[rows], 0).to(torch.uint8)
 
@@ -65,7 +65,7 @@ def restarted(job: Job, rows: Tensor) -> Chunk:
     owner = torch.arange(len(rows), device=rows.device)
     working = _working(job, rows, owner, current, column, reference, quota)
     working.status.masked_fill_(broken, BROKEN)
-    remaining = job.plan.steps - int(job.lines.count[rows].min())
+    remaining = job.plan.steps - int(job.lines.done[rows].min())
     return Chunk(matrix, False, size, remaining, 0, 0, working)
 
 
@@ -79,7 +79,7 @@ def _fixed(job: Job, rows: Tensor) -> Tensor:
 def _solve(
     job: Job, rows: Tensor, fixed: Tensor, free: Tensor, real: Tensor, picked: Tensor, alive: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With ``F`` the fixed columns at ``q`` and ``U`` the free ones: ``H_UU⁻¹`` and ``w_U = w₀_U + H_UU⁻¹ H_UF (w₀_F - q_F)``.
+    """``H_UU⁻¹`` and ``w_U = w₀_U + H_UU⁻¹ H_UF (w₀_F - q_F)``, ``F`` the columns fixed at ``q``, ``U`` the free.
 
     Returns both on the picked columns, ``[P, m, m]`` and ``[P, m]`` float64, zero where nothing is alive, and which
     rows have failed ``[P]``.
