@@ -138,7 +138,8 @@ class _Pass:
                 expected="every selected layer to be called in the forward pass",
                 remedy="exclude them, or give the model a calibration_step that calls them",
             )
-        return {name: statistic.finalise() for name, statistic in self.statistics.items()}
+        # One layer after the other is released, so that all layers never exist twice.
+        return {name: self.statistics.pop(name).finalise() for name in self.layers}
 
 
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:

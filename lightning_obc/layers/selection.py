@@ -86,12 +86,14 @@ def _same_layer(first: nn.Module, second: nn.Module) -> bool:
 def unsupported_layers(model: nn.Module) -> dict[str, str]:
     """Modules with weights of their own that no adapter handles, and why.
 
-    Normalisation layers, and modules whose own parameters are vectors (biases, scales), are not listed.
+    Normalisation layers, and modules whose own parameters are vectors (biases, scales), are not listed. A module that
+    shares its weight with a handled layer (an embedding tied to an output layer) says so: compression changes it too.
     """
     modules = _named(model)
+    shared = {weight_key(module): name for name, module in modules.items() if adapter_for(module) is not None}
     handled = {name for name, module in modules.items() if adapter_for(module) is not None or parts_of(module)}
     result = {
-        name: reason_unsupported(module) or ""
+        name: (reason_unsupported(module) or "") + _shared_with(module, shared)
         for name, module in modules.items()
         if name not in handled and not isinstance(module, _NORMS) and _carries_weights(module)
     }
@@ -99,6 +101,11 @@ def unsupported_layers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, nn.LSTM) and module.proj_size and name in handled:
             result[f"{name}.weight_hr"] = "the output projections of an LSTM with proj_size are not handled"
     return result
+
+
+def _shared_with(module: nn.Module, shared: Mapping[int, str]) -> str:
+    names = [shared[id(weight)] for weight in module.parameters(recurse=False) if id(weight) in shared]
+    return f"; it shares the weight of {names[0]!r} and changes with it" if names else ""
 
 
 def _carries_weights(module: nn.Module) -> bool:

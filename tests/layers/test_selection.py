@@ -114,6 +114,13 @@ def test_what_no_adapter_handles_is_listed_with_the_reason() -> None:
     assert "no parameter" in reasons["old_norm"]
 
 
+def test_an_embedding_tied_to_an_output_layer_is_named() -> None:
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    assert list(select_layers(model)) == ["head"]
+    assert "shares the weight of 'head'" in unsupported_layers(model)["embedding"]
+
+
 def test_registering_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_obc.layers import registry
 
