@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -12,13 +13,16 @@ from lightning_obc.errors import BackendError, NonFiniteError, ShapeError
 from lightning_obc.kernels.obs_sweep.types import GridInput, NMGroups, SweepInput, SweepOutput, SweepPlan
 from lightning_obc.linalg import resolve_budget
 
-# A backend is a module with ``sweep(plan)`` and, optionally, ``DEVICES`` (device types it runs on; all when absent).
+# A backend is a module with ``sweep(plan)``.
 BACKENDS = {
     "naive": "lightning_obc.kernels.obs_sweep.naive",
     "torch": "lightning_obc.kernels.obs_sweep.panels",
     "numba": "lightning_obc.kernels.obs_sweep.compiled",
+    "triton": "lightning_obc.kernels.obs_sweep.triton_backend",
 }
-_DEVICES = {"numba": ("cpu",), "triton": ("cuda",)}
+# Device types of a backend, all when absent. Triton's interpreter, for tests, takes its kernels to the CPU.
+_TRITON_DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+_DEVICES = {"numba": ("cpu",), "triton": _TRITON_DEVICES}
 _PREFERENCE = {"cpu": ("numba", "torch"), "cuda": ("triton", "torch")}
 
 

@@ -22,7 +22,6 @@ from lightning_obc.kernels.obs_sweep.types import NMGroups, SweepOutput, SweepPl
 log = logging.getLogger(__name__)
 
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)
-DEVICES = ("cpu", "cuda") if INTERPRETED else ("cuda",)
 
 
 def default_tuning(rows: int, itemsize: int) -> Tuning:
