@@ -1,0 +1,27 @@
+"""Files that other tools run: ONNX with our codes, packed safetensors, 2:4 layers on CUDA, and what they gain."""
+
+from __future__ import annotations
+
+from lightning_obc.export.onnx_export import OnnxExport, export_onnx
+from lightning_obc.export.onnx_reader import read_onnx_weights
+from lightning_obc.export.packed import PackedFile, load_packed, read_packed, save_packed
+from lightning_obc.export.ranges import ActivationRange
+from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session
+from lightning_obc.export.weights import CompressedWeight, compressed_state
+
+__all__ = [
+    "ActivationRange",
+    "CompressedWeight",
+    "Measurement",
+    "OnnxExport",
+    "PackedFile",
+    "benchmark",
+    "benchmark_table",
+    "compressed_state",
+    "export_onnx",
+    "load_packed",
+    "open_session",
+    "read_onnx_weights",
+    "read_packed",
+    "save_packed",
+]

@@ -1,0 +1,46 @@
+"""What an ONNX file holds of quantized weights and activations, read back from its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_obc.export.files import PathLike, require
+from lightning_obc.export.ops import StoredCodes
+
+
+def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:
+    """The weights that ``DequantizeLinear`` nodes make from stored codes.
+
+    Names are those of the codes without their suffix; equal tensors are stored once, so tied weights appear under one
+    of their names, and ``bits`` is 4 or 8, the width of the stored type.
+    """
+    onnx = require("onnx", "onnx")
+    graph = onnx.load(str(path)).graph
+    stored = {proto.name: proto for proto in graph.initializer}
+    casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    weights = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        name = casts.get(node.input[0], node.input[0])
+        if name in stored:
+            weights[name.partition("_codes")[0]] = _weight(onnx, node, stored, name)
+    return weights
+
+
+def _weight(onnx: Any, node: Any, stored: Mapping[str, Any], name: str) -> StoredCodes:
+    codes, scale, zero = (_tensor(onnx, stored[key]) for key in (name, *node.input[1:3]))
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    small = stored[name].data_type == onnx.TensorProto.INT4
+    return StoredCodes(
+        codes, scale, zero, attributes.get("axis", 1), attributes.get("block_size", 0), 4 if small else 8
+    )
+
+
+def _tensor(onnx: Any, proto: Any) -> Tensor:
+    array = onnx.numpy_helper.to_array(proto)
+    return torch.from_numpy(array.astype("int8") if proto.data_type == onnx.TensorProto.INT4 else array.copy())
