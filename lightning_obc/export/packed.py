@@ -73,7 +73,7 @@ def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overw
     """
     target = check_target(path, overwrite)
     weights = compressed_state(model, solutions)
-    state = _plain_state(model)
+    state = plain_state(model)
     owners, left = weight_keys(model, weights)
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -91,7 +91,12 @@ def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overw
     return PackedFile(target, target.stat().st_size, dense, tuple(owners), left)
 
 
-def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the ``_orig_mod`` of compiled modules, sharing memory with the model.
+
+    Raises:
+        ExportError: It holds something other than tensors.
+    """
     state = {normalise_name(key): value for key, value in model.state_dict().items()}
     odd = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if odd:
@@ -196,7 +201,9 @@ def _write(target: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tens
     from safetensors.torch import save_file
 
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    metadata = {"format": FORMAT, "version": str(VERSION), "manifest": text, "sha256": checksum(text, tensors)}
+    # One entry, because safetensors does not keep the order of several: equal models give equal files.
+    envelope = {"version": VERSION, "manifest": text, "sha256": checksum(text, tensors)}
+    metadata = {FORMAT: json.dumps(envelope, sort_keys=True, separators=(",", ":"))}
 
     def write(part: Path) -> None:
         try:
@@ -230,22 +237,32 @@ def read_packed(path: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
             expected="a complete safetensors file",
             remedy="it is truncated or damaged; copy or write it again",
         ) from error
-    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
-        raise ExportError(
-            "The file is not a packed model that this version reads",
-            got=f"{source}: format {metadata.get('format')!r}, version {metadata.get('version')!r}",
-            expected=f"format {FORMAT!r}, version {VERSION}",
-        )
-    text = metadata.get("manifest", "")
-    if checksum(text, tensors) != metadata.get("sha256"):
+    envelope = _envelope(source, metadata)
+    text = str(envelope.get("manifest"))
+    if checksum(text, tensors) != envelope.get("sha256"):
         raise ExportError(
             "The packed file's checksum does not match its contents",
             got=str(source),
-            expected=f"sha256 {metadata.get('sha256')}",
+            expected=f"sha256 {envelope.get('sha256')}",
             remedy="it was changed or damaged after it was written; use another copy",
         )
     manifest: dict[str, Any] = json.loads(text)
     return manifest, tensors
+
+
+def _envelope(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        envelope = json.loads(metadata.get(FORMAT, "null"))
+    except ValueError:
+        envelope = None
+    version = envelope.get("version") if isinstance(envelope, dict) else None
+    if not isinstance(envelope, dict) or version != VERSION:
+        raise ExportError(
+            "The file is not a packed model that this version reads",
+            got=f"{source}: {'no packed model' if version is None else f'version {version}'}",
+            expected=f"{FORMAT}, version {VERSION}",
+        )
+    return envelope
 
 
 def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]:
@@ -262,7 +279,7 @@ def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]
         FingerprintError: It was written from a model with other tensors.
     """
     manifest, tensors = read_packed(path)
-    state = _plain_state(model)
+    state = plain_state(model)
     _check_structure(manifest["model"], structure(state), path)
     values = {key.removeprefix("dense/"): value for key, value in tensors.items() if key.startswith("dense/")}
     values |= {key: values[source] for key, source in manifest["aliases"].items()}
