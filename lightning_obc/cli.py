@@ -9,10 +9,10 @@ from dataclasses import replace
 from typing import Any, Literal, Optional, Union
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lightning_obc.callbacks import OBCCallback
-from lightning_obc.errors import ScheduleError
+from lightning_obc.errors import OBCError, ScheduleError
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 
 
@@ -99,19 +99,36 @@ class OBCCLI(LightningCLI):
         """The subcommands, with the arguments that do not come from the command line."""
         return {**LightningCLI.subcommands(), "compress": {"model", "dataloaders", "datamodule"}}
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.set_defaults({"trainer.logger": False})
+    def instantiate_classes(self) -> None:
+        """Make the configured objects; what a specification refuses is said without the parser's own layers."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reasons = _reasons(error)
+            if not reasons:
+                raise
+            raise SystemExit("error: " + "\n       ".join(reasons)) from None
+
+
+def _reasons(error: ValueError) -> list[str]:
+    """The messages of this package's errors inside one that the parser has re-worded, each once."""
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    return list(dict.fromkeys(line for line in lines if ". Got: " in line))
 
 
 def main(args: ArgsType = None) -> OBCCLI:
     """Entry point of the console script ``lightning-obc``.
 
-    The current directory is importable, so that a ``class_path`` can name a user's own file.
+    The current directory is importable, so that a ``class_path`` can name a user's own file. Errors of this package
+    end the program with their message and status 1; all others keep their traceback.
     """
     directory = os.getcwd()
     if directory not in sys.path:
         sys.path.insert(0, directory)
-    return OBCCLI(trainer_class=OBCTrainer, save_config_kwargs={"overwrite": True}, args=args)
+    try:
+        return OBCCLI(trainer_class=OBCTrainer, save_config_kwargs={"overwrite": True}, args=args)
+    except OBCError as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
 if __name__ == "__main__":
