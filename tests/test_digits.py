@@ -50,8 +50,9 @@ def test_the_weights_are_what_the_recipe_says(digits_run):
 
 
 def test_the_checkpoint_loads_into_the_plain_module_and_scores_the_same(digits_run):
-    from examples.digits import DigitsClassifier, DigitsData
     from lightning.pytorch import Trainer
+
+    from examples.digits import DigitsClassifier, DigitsData
 
     cli, _ = digits_run
     callback = cli.trainer.callbacks[0]
