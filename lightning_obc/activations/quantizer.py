@@ -71,6 +71,7 @@ class ActivationQuantizer:
             name: RangeObserver(self.spec.granularity, name=name, seed=index) for index, name in enumerate(self._layers)
         }
         self._grids: dict[str, Grid] = {}
+        self._fitted: dict[tuple[str, int], Grid] = {}
         self._handles: list[RemovableHandle] = []
         self._bits: dict[str, int | None] = {}
         self.set_bits(bits)
@@ -88,6 +89,10 @@ class ActivationQuantizer:
     @property
     def enabled(self) -> bool:
         return bool(self._handles)
+
+    def axis(self, name: str) -> int | None:
+        """Dimension of a layer's input, counted from the end, that its ranges run along; None for one range."""
+        return _channel_axis(self._layers[name]) if self.spec.granularity == "channel" else None
 
     def set_bits(self, bits: int | Mapping[str, int | None]) -> None:
         """Change bit widths; ranges are fitted again where they were frozen already.
@@ -143,6 +148,7 @@ class ActivationQuantizer:
         """Inputs that pass through the layers inside are observed, unquantized."""
         enabled = self.enabled
         self.disable()
+        self._fitted.clear()
         handles = [
             module.register_forward_pre_hook(_Observe(observer, _channel_axis(module)), with_kwargs=True)
             for (module, observer) in zip(self._layers.values(), self._observers.values(), strict=True)
@@ -162,15 +168,16 @@ class ActivationQuantizer:
             CalibrationError: A layer to be quantized that no batch reached.
             NonFiniteError: NaN or Inf was observed.
         """
-        grids = {
-            name: self._observers[name].fit(self.spec.with_bits(bits))
-            for name, bits in self._bits.items()
-            if bits is not None
-        }
-        self._grids = grids
+        self._grids = {name: self._fit(name, bits) for name, bits in self._bits.items() if bits is not None}
         if self.enabled:
             self.enable()
         return self
+
+    def _fit(self, name: str, bits: int) -> Grid:
+        # A search switches bit widths all the time; fitting a range takes far longer than a forward pass.
+        if (name, bits) not in self._fitted:
+            self._fitted[name, bits] = self._observers[name].fit(self.spec.with_bits(bits))
+        return self._fitted[name, bits]
 
     def enable(self) -> ActivationQuantizer:
         """Quantize from now on.
@@ -188,9 +195,8 @@ class ActivationQuantizer:
             )
         self.disable()
         for name, grid in self._grids.items():
-            module = self._layers[name]
-            hook = _Quantize(grid, _channel_axis(module) if self.spec.granularity == "channel" else None)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            hook = _Quantize(grid, self.axis(name))
+            self._handles.append(self._layers[name].register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
     def disable(self) -> ActivationQuantizer:

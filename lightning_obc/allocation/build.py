@@ -19,6 +19,7 @@ from lightning_obc.allocation.index import (
     levels_file,
     merged_index,
     read_hessian,
+    stored_levels,
 )
 from lightning_obc.allocation.levels import Level, check_levels
 from lightning_obc.allocation.record import LayerRecord
@@ -76,7 +77,7 @@ def build_database(
     index = merged_index(path, entries, wanted, recipe, dict(calibration or {}))
     write_json(index_file(path), index)
     damping = _store_hessians(path, chosen, entries, dense, hessians, recipe)
-    known = [Level.from_dict(values) for values in index["levels"]]
+    known = stored_levels(index)
     for done, (name, entry) in enumerate(entries.items()):
         if progress is not None:
             progress(f"Database: {name}", done, len(entries))

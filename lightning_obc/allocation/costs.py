@@ -119,6 +119,7 @@ def count_positions(
     batch: Any,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    skip_unreached: bool = False,
 ) -> dict[str, float]:
     """How often each weight of a layer is used per sample, counted by hooks on one batch.
 
@@ -126,7 +127,7 @@ def count_positions(
     pixels.
 
     Raises:
-        LayerNotReachedError: The batch does not pass through a layer.
+        LayerNotReachedError: The batch does not pass through a layer, unless ``skip_unreached`` leaves it out.
     """
     totals = dict.fromkeys(layers, 0.0)
     handles = []
@@ -141,7 +142,7 @@ def count_positions(
             for handle in handles:
                 handle.remove()
     missing = [name for name, total in totals.items() if total == 0]
-    if missing:
+    if missing and not skip_unreached:
         raise LayerNotReachedError(
             "The batch does not pass through some layers, so that their cost is unknown",
             got=", ".join(missing),
@@ -149,7 +150,7 @@ def count_positions(
             remedy="exclude the layers, or pass another batch",
         )
     samples = batch_size_of(batch)
-    return {name: total / samples for name, total in totals.items()}
+    return {name: total / samples for name, total in totals.items() if total > 0}
 
 
 def _counter(totals: dict[str, float], name: str, module: nn.Module) -> Callable[..., None]:

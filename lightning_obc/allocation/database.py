@@ -20,14 +20,16 @@ from lightning_obc.allocation.index import (
     levels_file,
     read_hessian,
     read_index,
+    stored_levels,
+    wanted_levels,
 )
 from lightning_obc.allocation.levels import Level
-from lightning_obc.allocation.record import LayerRecord, LevelRecord, check_mask
-from lightning_obc.allocation.solve import MEMORY_BUDGET, Recipe
+from lightning_obc.allocation.rebuild import rebuild
+from lightning_obc.allocation.record import LayerRecord, LevelRecord
+from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.storage import check_exists, read_tensors
 from lightning_obc.errors import DatabaseError, FingerprintError, LayerNotFoundError
-from lightning_obc.obs import LayerSolution, Problem, Status, prepare
-from lightning_obc.obs.sweep import solve_mask
+from lightning_obc.obs import LayerSolution, Problem, prepare
 
 CACHE_BYTES = 2**30
 
@@ -66,8 +68,7 @@ class Database:
         self.path = path
         self.recipe = Recipe(**index["recipe"])
         self.calibration: dict[str, Any] = dict(index["calibration"])
-        self._levels = [Level.from_dict(values) for values in index["levels"]]
-        self._wanted = [Level.from_dict(values) for values in index["wanted"]]
+        self._levels, self._wanted = stored_levels(index), wanted_levels(index)
         self._entries = {name: Entry(**values) for name, values in index["layers"].items()}
         self._dense = dense_weights(model, list(self._entries))
         check_fingerprint(self._entries, self._dense)
@@ -192,34 +193,11 @@ class Database:
         chosen = self.level(layer, level if isinstance(level, str) else level.name).weights
         key = (layer, chosen.name)
         if key not in self._cache:
-            self._cache[key] = self._rebuild(layer, chosen)
+            record, dense, channels = self.record(layer), self._dense[layer], self._entry(layer).channels
+            self._cache[key] = rebuild(layer, record, chosen, dense, channels, lambda: self._prepared(layer))
             self._trim_cache()
         self._cache.move_to_end(key)
         return self._cache[key]
-
-    def _rebuild(self, layer: str, level: Level) -> LayerSolution:
-        record, dense = self.record(layer), self._dense[layer]
-        stored = record.levels[level.name]
-        mask = record.mask(level).to(dense.device)
-        if level.pattern is not None:
-            check_mask(mask, level.pattern, self._entry(layer).channels, layer)
-        if level.grid is not None:
-            grid, codes = record.codes(level, mask.cpu())
-            weight, extra = grid.dequantize(codes).to(dense), {"grid": grid, "codes": codes}
-        elif level.pattern is None:
-            weight, extra = dense.clone(), {}
-        else:
-            weight, extra = solve_mask(self._prepared(layer), mask, stored.backend, MEMORY_BUDGET).weight, {}
-        status = Status(stored.backend, record.damping, notes=stored.notes)
-        return LayerSolution(
-            weight=weight,
-            mask=mask,
-            loss=stored.loss,
-            damping_loss=stored.damping_loss,
-            reference=record.reference,
-            status=status,
-            **extra,  # type: ignore[arg-type]
-        )
 
     def _prepared(self, layer: str) -> Problem:
         if self._problem is None or self._problem[0] != layer:

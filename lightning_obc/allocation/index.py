@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_obc.allocation.levels import Level, check_levels
+from lightning_obc.allocation.levels import Level, unique
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.storage import from_triangle, read_json, read_tensors, tensor_hash
 from lightning_obc.errors import DatabaseError, FingerprintError
@@ -79,7 +80,7 @@ def merged_index(
     fresh: dict[str, Any] = {
         "format": FORMAT,
         "recipe": recipe.identity(),
-        "calibration": calibration,
+        "calibration": json.loads(json.dumps(calibration)),
         "layers": {name: vars(entry) for name, entry in entries.items()},
         "levels": [],
         "wanted": [],
@@ -95,11 +96,23 @@ def merged_index(
                 remedy="use another directory, or delete this one",
             )
         fresh["levels"], fresh["wanted"] = before["levels"], before["wanted"]
-    for key, levels in (("levels", _stored(wanted)), ("wanted", wanted)):
-        present = {Level.from_dict(values).name for values in fresh[key]}
-        fresh[key] = fresh[key] + [level.to_dict() for level in levels if level.name not in present]
-    check_levels([Level.from_dict(values) for values in fresh["wanted"]])
+    levels = unique([*stored_levels(fresh), *_stored(wanted)])
+    position = {level.name: index for index, level in enumerate(levels)}
+    offered = unique([*wanted_levels(fresh), *wanted])
+    fresh["levels"] = [level.to_dict() for level in levels]
+    fresh["wanted"] = [[position[level.weights.name], level.activations] for level in offered]
     return fresh
+
+
+def stored_levels(index: Mapping[str, Any]) -> list[Level]:
+    """Every level that differs in weights; layer files name them by their positions here."""
+    return [Level.from_dict(values) for values in index["levels"]]
+
+
+def wanted_levels(index: Mapping[str, Any]) -> list[Level]:
+    """The levels that were asked for, each a stored one with a bit width of activations."""
+    stored = stored_levels(index)
+    return [replace(stored[position], activations=activations) for position, activations in index["wanted"]]
 
 
 def _stored(wanted: Sequence[Level]) -> list[Level]:

@@ -65,13 +65,15 @@ class Level:
         return self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON and YAML; read back by :meth:`from_dict`."""
-        pattern: Any = None if self.pattern is None else _pattern_dict(self.pattern)
-        return {
-            "pattern": pattern,
-            "grid": None if self.grid is None else asdict(self.grid),
-            "activations": self.activations,
-        }
+        """Plain values, ready for JSON and YAML, defaults left out; read back by :meth:`from_dict`."""
+        values: dict[str, Any] = {}
+        if self.pattern is not None:
+            values["pattern"] = _pattern_value(self.pattern)
+        if self.grid is not None:
+            values["grid"] = _grid_value(self.grid)
+        if self.activations is not None:
+            values["activations"] = self.activations
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Level:
@@ -103,8 +105,17 @@ def _pattern_name(pattern: Pattern) -> str:
     raise SpecError("A pattern has no name", got=type(pattern).__name__, expected="a pattern of lightning_obc")
 
 
-def _pattern_dict(pattern: Pattern) -> dict[str, Any]:
+def _pattern_value(pattern: Pattern) -> Any:
+    if isinstance(pattern, Unstructured):
+        return pattern.sparsity
+    if isinstance(pattern, NM):
+        return str(pattern)
     return {"type": type(pattern).__name__} | asdict(pattern)  # type: ignore[call-overload]
+
+
+def _grid_value(grid: IntGrid) -> Any:
+    values = {key: value for key, value in asdict(grid).items() if value != getattr(IntGrid(grid.bits), key)}
+    return {"bits": grid.bits} | values if values else grid.bits
 
 
 def _read_pattern(value: Any) -> Pattern:

@@ -157,7 +157,7 @@ class LayerRecord:
             "levels": _ranges([position[name] for name in order]),
             "ladders": [_ranges([position[name] for name in ladder]) for ladder in self.ladders],
             "scales": {name: self.levels[name].scales for name in order if self.levels[name].scales},
-            "backend": next((record.backend for record in self.levels.values()), ""),
+            "backend": next((record.backend for record in self.levels.values() if record.backend), ""),
             "notes": notes,
             "missing": self.missing,
         }

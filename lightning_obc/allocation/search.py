@@ -72,7 +72,7 @@ class Programme:
             raise SpecError("Too few buckets", got=buckets, expected="at least 1")
         _check_costs(costs)
         self.budgets = [float(budget) for budget in budgets]
-        self.fixed = float(fixed)
+        self.fixed, self.buckets = float(fixed), buckets
         self._costs = {name: dict(levels) for name, levels in costs.items()}
         self.minimum = self.fixed + math.fsum(min(levels.values()) for levels in costs.values())
         self.maximum = self.fixed + math.fsum(max(levels.values()) for levels in costs.values())

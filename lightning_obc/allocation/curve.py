@@ -1,0 +1,171 @@
+"""The trade-off curve: metric against budget for every method, as a table, a plot and plain values."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from lightning_obc.activations import ActivationQuantizer
+from lightning_obc.allocation.costs import BASELINE
+from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.search import Profile
+from lightning_obc.allocation.stitch import stitch, write_recipe
+from lightning_obc.errors import BudgetError, MissingExtraError
+from lightning_obc.obs import LayerSolution
+from lightning_obc.report import markdown, render
+
+Method = Literal["uniform", "dp", "spdy"]
+LABELS = {"uniform": "uniform", "dp": "dynamic programme", "spdy": "SPDY"}
+COLUMNS = ("budget", "method", "cost", "reduction", "metric", "change", "calibration loss")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One compressed model.
+
+    Attributes:
+        budget: Bound on the cost, as a share of the dense cost.
+        method: ``"uniform"``, ``"dp"`` or ``"spdy"``.
+        cost: Real cost, as a share of the dense cost.
+        metric: The metric after stitching and correction.
+        loss: The calibration loss after stitching and correction.
+        profile: Level by layer name.
+        evaluations: Profiles whose loss was computed to find this one.
+    """
+
+    budget: float
+    method: Method
+    cost: float
+    metric: float
+    loss: float
+    profile: Profile = field(repr=False)
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What :func:`~lightning_obc.allocation.tradeoff.search` returns. The model itself is dense again.
+
+    Attributes:
+        cost_name: ``"flops"``, ``"bops"``, ``"bytes"`` or ``"seconds"``.
+        dense_cost: Cost of the dense float32 model, per sample.
+        dense_metric: Metric of the dense model.
+        points: One for each budget and method that found a profile, in the order of the budgets.
+        database: The levels; kept as long as the result is.
+        quantizer: Activation ranges, when some level needs them.
+        correct: The correction that ran after stitching.
+        notes: Budgets that a method could not meet.
+    """
+
+    cost_name: str
+    dense_cost: float
+    dense_metric: float
+    points: list[CurvePoint]
+    database: Database = field(repr=False)
+    quantizer: ActivationQuantizer | None = field(default=None, repr=False)
+    correct: Callable[[nn.Module], Any] | None = field(default=None, repr=False)
+    notes: list[str] = field(default_factory=list)
+
+    def point(self, budget: float, method: Method | None = None) -> CurvePoint:
+        """The point of a method at a budget; of the least calibration loss when no method is named.
+
+        Raises:
+            BudgetError: There is none.
+        """
+        found = [p for p in self.points if abs(p.budget - budget) < 1e-9 and method in (None, p.method)]
+        if not found:
+            raise BudgetError(
+                "The curve has no such point",
+                got=f"budget {budget}, method {method or 'any'}",
+                expected=", ".join(f"{p.budget:g} {p.method}" for p in self.points),
+            )
+        return min(found, key=lambda p: p.loss)
+
+    def apply_(self, model: nn.Module, point: CurvePoint) -> dict[str, LayerSolution]:
+        """Stitch a point into the model in place, correct it, and enable its activation quantization."""
+        solutions = stitch(model, self.database, point.profile, quantizer=self.quantizer)
+        if self.correct is not None:
+            self.correct(model)
+        return solutions
+
+    def rows(self) -> list[list[str]]:
+        """Cells of the table."""
+        return [
+            [
+                f"{p.budget:.4g}",
+                LABELS[p.method],
+                f"{p.cost:.4f}",
+                f"{1 / p.cost:.1f}×" if p.cost > 0 else "∞",
+                f"{p.metric:.4f}",
+                f"{p.metric - self.dense_metric:+.4f}",
+                f"{p.loss:.5g}",
+            ]
+            for p in self.points
+        ]
+
+    @property
+    def title(self) -> str:
+        return (
+            f"{self.cost_name} as a share of {BASELINE} ({self.dense_cost:.4g} per sample); "
+            f"dense metric {self.dense_metric:.4f}"
+        )
+
+    def table(self) -> str:
+        """The curve as text."""
+        return "\n".join([render(self.title, COLUMNS, self.rows()), *self.notes])
+
+    def markdown(self) -> str:
+        """The curve as a Markdown table."""
+        return "\n".join([markdown(self.title, COLUMNS, self.rows()), *(f"\n{note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "cost": self.cost_name,
+            "baseline": BASELINE,
+            "dense_cost": self.dense_cost,
+            "dense_metric": self.dense_metric,
+            "points": [dict(vars(point)) for point in self.points],
+            "notes": list(self.notes),
+        }
+
+    def plot(self, path: str | Path) -> None:
+        """Draw metric against budget; the ending of the file's name chooses the format.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise MissingExtraError(
+                "The curve cannot be drawn", got="no matplotlib", remedy="pip install matplotlib"
+            ) from None
+        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for method, label in LABELS.items():
+            points = sorted((p for p in self.points if p.method == method), key=lambda p: p.budget)
+            if points:
+                axes.plot([p.budget for p in points], [p.metric for p in points], "o-", label=label)
+        axes.axhline(self.dense_metric, color="gray", linestyle=":", label="dense")
+        axes.set_xscale("log")
+        axes.set_xlabel(f"budget: {self.cost_name} as a share of {BASELINE}")
+        axes.set_ylabel("metric")
+        axes.legend()
+        figure.savefig(Path(path), dpi=150)
+
+    def write(self, directory: str | Path) -> None:
+        """Write ``curve.json``, ``curve.md`` and one recipe YAML per point into a directory."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "curve.json").write_text(json.dumps(self.to_dict(), indent=1))
+        (directory / "curve.md").write_text(self.markdown() + "\n")
+        for point in self.points:
+            remarks = {key: value for key, value in vars(point).items() if key != "profile"}
+            name = f"{point.method}-{point.budget:g}.yaml"
+            write_recipe(directory / name, self.database, point.profile, remarks=remarks | {"cost_of": self.cost_name})

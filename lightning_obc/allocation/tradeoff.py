@@ -1,0 +1,402 @@
+"""Search the whole trade-off: database, costs, scores, profiles, stitching, correction, metric.
+
+model ─► database of levels ─► costs and scores ─► a profile per budget and method ─► stitch ─► correct ─► measure
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.activations import ActivationGrid, ActivationQuantizer
+from lightning_obc.allocation.build import build_database
+from lightning_obc.allocation.costs import CostName, CostTable, LevelSize, cost_table, count_positions, level_cost
+from lightning_obc.allocation.curve import CurvePoint, Method, SearchResult
+from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.latency import LatencyTable
+from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.scores import activation_losses, layer_errors, swap_losses
+from lightning_obc.allocation.search import Profile, Programme, check_budgets
+from lightning_obc.allocation.solve import Recipe
+from lightning_obc.allocation.spdy import SPDY, spdy_scores, spdy_search
+from lightning_obc.allocation.stitch import stitch
+from lightning_obc.calibration import CalibrationBatches, calibration_batches, call_forward, collect_hessians
+from lightning_obc.calibration.collect import undisturbed
+from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.errors import CalibrationError, SpecError
+from lightning_obc.hessian import Hessian
+from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.layers.parts import LayerPart
+from lightning_obc.report.progress import Progress, shown
+from lightning_obc.specs import Calibration
+
+Forward = Callable[[nn.Module, Any], Any]
+METHODS: tuple[Method, ...] = ("uniform", "dp", "spdy")
+
+
+def default_levels(cost: CostName | LatencyTable) -> list[Level]:
+    """Levels that suit a cost: the unstructured ladder for FLOPs, 2:4 with 8 and 4 bits for BOPs and time, zeros
+    with weights of few bits for bytes."""
+    if cost == "flops":
+        return unstructured_ladder(0.02)
+    if cost == "bytes":
+        return product([None, 0.5, 0.75], [(None, None), *((bits, None) for bits in (8, 6, 4, 3, 2))])
+    return product([None, "2:4"], [(None, None), (8, 8), (4, 8), (4, 4)])
+
+
+def search(
+    model: nn.Module,
+    batches: Any,
+    budgets: Sequence[float],
+    metric: Callable[[nn.Module], float],
+    *,
+    cost: CostName | LatencyTable = "bops",
+    levels: Sequence[Level] | None = None,
+    methods: Sequence[Method] = METHODS,
+    scores: Literal["error", "loss"] = "error",
+    loss: Callable[[nn.Module], float] | None = None,
+    correct: Callable[[nn.Module], Any] | None = None,
+    directory: str | Path | None = None,
+    layers: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    calibration: Calibration | None = None,
+    forward: Forward | None = None,
+    recipe: Recipe | None = None,
+    activations: ActivationGrid | None = None,
+    edges_at_8: bool = False,
+    mask_cost: bool = False,
+    spdy: SPDY | None = None,
+    buckets: int = 10_000,
+    progress: Progress | bool = False,
+) -> SearchResult:
+    """Find the best level for every layer under each budget, and measure the models that come out.
+
+    Args:
+        model: The dense model. It is dense again afterwards, whatever happens; see ``SearchResult.apply_``.
+        batches: Calibration data, as for :func:`lightning_obc.compress`.
+        budgets: Shares of the dense model's cost, in (0, 1].
+        metric: ``metric(model)``, larger is better; measured once per point.
+        cost: ``"bops"``, ``"flops"``, ``"bytes"`` or a latency table. Layers that are not compressed cost what they
+            cost dense.
+        levels: Levels to choose from; None takes :func:`default_levels`.
+        methods: ``"uniform"`` (one level for all layers), ``"dp"`` (dynamic programme on scores), ``"spdy"``.
+        scores: Of the programme: relative layer ``"error"``, or ``"loss"`` (increase of the calibration loss when one
+            layer alone is swapped; one evaluation per layer and level).
+        loss: ``loss(model)`` on calibration data, smaller is better. None means the squared error of the model's
+            outputs on the calibration batches, relative to the dense model's.
+        correct: ``correct(model)`` runs after every stitching, for example a batch-norm reset.
+        directory: Where the database is kept, to be gone on with; None takes a directory that goes with the result.
+        layers: Names, globs or type names; None means every supported layer.
+        exclude: Names, globs or type names that stay dense.
+        calibration: How much data is used, and how.
+        forward: ``forward(model, batch)`` runs a batch.
+        recipe: How levels are solved.
+        activations: How activation ranges are found.
+        edges_at_8: The first and last supported layers take no level below 8 bits.
+        mask_cost: BOPs count one bit operation for each masked weight.
+        spdy: Extent of SPDY's search.
+        buckets: Resolution of the dynamic programme.
+        progress: True shows a bar; a callable gets ``(description, completed, total)``.
+
+    Returns:
+        The trade-off curve.
+
+    Raises:
+        BudgetError: A budget that is not positive, above 1, or below what the levels reach; the least is named.
+        SpecError: Methods, costs or timings that cannot be used.
+        FingerprintError, DatabaseError: The directory holds another database, or a damaged one.
+    """
+    check_budgets(budgets, 0.0, dense=1.0)
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown or not methods:
+        raise SpecError("Unknown search methods", got=unknown or "none", expected=f"some of {METHODS}")
+    spec = calibration or Calibration()
+    source = calibration_batches(batches, spec)
+    wanted = list(levels) if levels is not None else default_levels(cost)
+    with shown(progress) as report, _dense_afterwards(model) as cleanup:
+        database = _database(model, source, wanted, spec, forward, directory, layers, exclude, recipe, report)
+        setting = _Setting(model, database, source, forward, loss, correct, cleanup.restore)
+        setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
+        table, fixed, dense_cost = _costs(setting, cost, mask_cost, edges_at_8)
+        absolute = [budget * dense_cost for budget in budgets]
+        programme = Programme(table, absolute, buckets=buckets, fixed=fixed)
+        dense_metric = float(metric(model))
+        errors = _scores(setting, table, scores)
+        found = _profiles(setting, programme, table, errors, methods, spdy or SPDY(evaluations=300), report)
+        points, notes = [], []
+        for budget, method, profile, evaluations in found:
+            if profile is None:
+                notes.append(f"no single level meets the budget of {budget / dense_cost:.4g}")
+                continue
+            value = setting.evaluate(profile)
+            share = programme.cost(profile) / dense_cost
+            points.append(
+                CurvePoint(budget / dense_cost, method, share, float(metric(model)), value, profile, evaluations)
+            )
+    cost_name = "seconds" if isinstance(cost, LatencyTable) else cost
+    return SearchResult(cost_name, dense_cost, dense_metric, points, database, setting.quantizer, correct, notes)
+
+
+class _Cleanup:
+    """Brings a model back to its dense state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        self.quantizer: ActivationQuantizer | None = None
+
+    def __enter__(self) -> _Cleanup:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.quantizer is not None:
+            self.quantizer.disable()
+        self.restore()
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for key, value in self._model.state_dict().items():
+                value.copy_(self._state[key])
+
+
+def _dense_afterwards(model: nn.Module) -> _Cleanup:
+    return _Cleanup(model)
+
+
+class _Setting:
+    """The model, its levels, and what a profile is judged by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        database: Database,
+        source: CalibrationBatches,
+        forward: Forward | None,
+        loss: Callable[[nn.Module], float] | None,
+        correct: Callable[[nn.Module], Any] | None,
+        restore: Callable[[], None],
+    ) -> None:
+        self.model, self.database, self.source, self.forward = model, database, source, forward
+        self.quantizer: ActivationQuantizer | None = None
+        self._correct, self._restore = correct, restore
+        self._loss = loss if loss is not None else OutputError(model, source, forward)
+
+    def evaluate(self, profile: Profile) -> float:
+        """Stitch, correct, and compute the calibration loss; the model stays as the profile has it."""
+        if self._correct is not None:
+            # A correction may change anything; each starts from the dense model's state.
+            self._restore()
+        stitch(self.model, self.database, profile, quantizer=self.quantizer)
+        if self._correct is not None:
+            self._correct(self.model)
+        return float(self._loss(self.model))
+
+
+class OutputError:
+    """Squared error of a model's outputs on calibration batches, relative to the dense model's squared outputs.
+
+    Args:
+        model: The dense model, whose outputs are kept.
+        batches: Re-iterable.
+        forward: ``forward(model, batch)``; None means the default of calibration.
+
+    Raises:
+        CalibrationError: The model returns no tensor.
+    """
+
+    def __init__(self, model: nn.Module, batches: Any, forward: Forward | None = None) -> None:
+        self._batches = list(batches)
+        self._forward = forward or call_forward
+        self._dense = list(self._outputs(model))
+        self._reference = sum(float(y.double().square().sum()) for y in self._dense)
+
+    def __call__(self, model: nn.Module) -> float:
+        pairs = zip(self._outputs(model), self._dense, strict=True)
+        return sum(float((y - dense).double().square().sum()) for y, dense in pairs) / max(self._reference, 1e-300)
+
+    def _outputs(self, model: nn.Module) -> list[Tensor]:
+        with preserved_rng(), undisturbed(model), torch.no_grad():
+            return [_first_tensor(self._forward(model, batch)).float() for batch in self._batches]
+
+
+def _first_tensor(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else []
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+    raise CalibrationError(
+        "The model returns no tensor to compare", got=type(output).__name__, remedy="pass loss= to the search"
+    )
+
+
+def _database(
+    model: nn.Module,
+    source: CalibrationBatches,
+    levels: Sequence[Level],
+    spec: Calibration,
+    forward: Forward | None,
+    directory: str | Path | None,
+    layers: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    recipe: Recipe | None,
+    progress: Progress | None,
+) -> Database:
+    path = Path(directory) if directory is not None else Path(tempfile.mkdtemp(prefix="lightning-obc-"))
+
+    def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
+        return collect_hessians(model, modules, source, forward=forward, rounds=spec.rounds)
+
+    try:
+        database = build_database(
+            path,
+            model,
+            levels,
+            collect,
+            layers=layers,
+            exclude=exclude,
+            recipe=recipe,
+            calibration=asdict(spec),
+            progress=progress,
+        )
+    except BaseException:
+        if directory is None:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    if directory is None:
+        weakref.finalize(database, shutil.rmtree, path, ignore_errors=True)
+    return database
+
+
+def _quantizer(
+    model: nn.Module,
+    database: Database,
+    source: CalibrationBatches,
+    forward: Forward | None,
+    spec: ActivationGrid | None,
+) -> ActivationQuantizer | None:
+    modules = select_layers(model)
+    names = [name for name in database.layers if not isinstance(modules[name], LayerPart)]
+    needed = any(level.activations for name in names for level in database.levels(name))
+    if not (names and needed):
+        return None
+    return ActivationQuantizer(model, names, spec=spec).observe(source, forward=forward).freeze()
+
+
+def _costs(
+    setting: _Setting, cost: CostName | LatencyTable, mask_cost: bool, edges_at_8: bool
+) -> tuple[CostTable, float, float]:
+    """Costs of all levels that may be chosen, of what has no choice, and of the dense model."""
+    model, database = setting.model, setting.database
+    everything = select_layers(model)
+    allowed = {name: _allowed(name, everything, database.levels(name), edges_at_8) for name in database.layers}
+    if isinstance(cost, LatencyTable):
+        table = cost.costs(allowed)
+        return table, cost.overhead, cost.overhead + sum(row[Level().name] for row in table.values())
+    sizes = {
+        name: {level.name: by_level[level.name] for level in allowed[name]}
+        for name, by_level in database.sizes().items()
+    }
+    batch = next(iter(setting.source))
+    positions = count_positions(model, everything, batch, forward=setting.forward, skip_unreached=True)
+    table = cost_table(cost, sizes, positions, mask_cost=mask_cost)
+    rest = [name for name in everything if name not in table and (name in positions or cost == "bytes")]
+    dense = {name: LevelSize.dense(_numel(everything[name])) for name in rest}
+    fixed = sum(level_cost(cost, size, positions.get(name, 0.0)) for name, size in dense.items())
+    return table, fixed, fixed + sum(row[Level().name] for row in table.values())
+
+
+def _numel(module: nn.Module) -> int:
+    adapter = adapter_for(module)
+    assert adapter is not None
+    return adapter.current(module).numel()
+
+
+def _allowed(name: str, everything: Mapping[str, nn.Module], levels: Sequence[Level], edges_at_8: bool) -> list[Level]:
+    """Levels of a layer, without those that its place or its kind rules out."""
+    ends = (next(iter(everything)), next(reversed(list(everything))))
+    low = 8 if edges_at_8 and name in ends else 0
+    inside = isinstance(everything[name], LayerPart)
+    return [
+        level
+        for level in levels
+        if min(level.weight_bits, level.activation_bits) >= low and not (inside and level.activations)
+    ]
+
+
+def _scores(setting: _Setting, table: CostTable, kind: str) -> CostTable:
+    if kind == "loss":
+        return swap_losses(setting.database, setting.evaluate)
+    if kind != "error":
+        raise SpecError("Unknown scores", got=repr(kind), expected='"error" or "loss"')
+    if setting.quantizer is None:
+        return layer_errors(setting.database)
+    widths = sorted(
+        {level.activations for name in table for level in setting.database.levels(name) if level.activations}
+    )
+    names = list(setting.quantizer.bits)
+    modules = select_layers(setting.model, names)
+    extra = activation_losses(
+        setting.model, setting.quantizer, modules, widths, setting.source, forward=setting.forward
+    )
+    return layer_errors(setting.database, extra)
+
+
+def _profiles(
+    setting: _Setting,
+    programme: Programme,
+    table: CostTable,
+    scores: CostTable,
+    methods: Sequence[Method],
+    spec: SPDY,
+    progress: Progress | None,
+) -> list[tuple[float, Method, Profile | None, int]]:
+    found: list[tuple[float, Method, Profile | None, int]] = []
+    choices = programme.solve(scores)
+    prior = spdy_scores(table)
+    for number, (budget, choice) in enumerate(zip(programme.budgets, choices, strict=True)):
+        if progress is not None:
+            progress("Search: profiles", number, len(choices))
+        uniform = _uniform(setting.database, programme, table, scores, budget)
+        if "uniform" in methods:
+            found.append((budget, "uniform", uniform, 0))
+        if "dp" in methods:
+            found.append((budget, "dp", choice.profile, 0))
+        if "spdy" in methods:
+            one = Programme(table, [budget], buckets=programme.buckets, fixed=programme.fixed)
+            known = [profile for profile in (choice.profile, uniform) if profile is not None]
+            result = spdy_search(one, prior, setting.evaluate, spec, initial=known)
+            found.append((budget, "spdy", result.choice.profile, result.evaluations))
+    if progress is not None:
+        progress("Search: profiles", len(choices), len(choices))
+    return found
+
+
+def _uniform(
+    database: Database, programme: Programme, table: CostTable, scores: CostTable, budget: float
+) -> Profile | None:
+    """The same level for all layers: of those within the budget, the one of least total score.
+
+    A layer that lacks the level takes it without its zeros, or else stays dense.
+    """
+    names = {level.name: level for name in table for level in database.levels(name)}
+    best: tuple[float, Profile] | None = None
+    for level in names.values():
+        plain = Level(None, level.grid, level.activations).name
+        profile = {
+            name: next(option for option in (level.name, plain, Level().name) if option in row)
+            for name, row in table.items()
+        }
+        score = sum(scores[name][chosen] for name, chosen in profile.items())
+        if programme.cost(profile) <= budget * (1 + 1e-9) and (best is None or score < best[0]):
+            best = (score, profile)
+    return None if best is None else best[1]
