@@ -85,6 +85,7 @@ class Chunk:
         remaining: Most steps that a row has still to make.
         slack, extra: As in :class:`Job`, from here on.
         working: State of the rows.
+        made: Steps queued so far.
     """
 
     matrix: Tensor
@@ -94,6 +95,7 @@ class Chunk:
     slack: int
     extra: int
     working: Working
+    made: int = 0
 
     @property
     def rows(self) -> int:
@@ -121,6 +123,7 @@ def run(job: Job, chunk: Chunk) -> None:
         steps = min(job.tuning.panel(chunk.size), chunk.remaining)
         _launch_panel(job, chunk, steps)
         chunk.remaining -= steps
+        chunk.made += steps
         # Groups can swallow ``slack`` steps without closing; every later step closes one and takes ``extra`` more.
         closing = max(0, steps - chunk.slack)
         chunk.slack = max(0, chunk.slack - steps)
@@ -152,6 +155,7 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
         chunk.rows,
         chunk.size,
         steps,
+        chunk.made,
         MAX_CODE=0 if plan.grid is None else plan.grid.max_code,
         FAR=0.5 * (1 + OUTLIER_TOLERANCE),
         WORN_RATIO=worn,

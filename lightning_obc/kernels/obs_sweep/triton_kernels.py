@@ -171,16 +171,26 @@ def _open(
 
 @triton.jit
 def _choose(
-    working: tl.tensor, sizes: tl.tensor, here: tl.tensor, state: tl.tensor, best: tl.tensor, key: tl.tensor
+    working: tl.tensor,
+    sizes: tl.tensor,
+    here: tl.tensor,
+    state: tl.tensor,
+    best: tl.tensor,
+    key: tl.tensor,
+    made: tl.tensor,
 ) -> tl.tensor:
-    """Slot, column and diagonal of the pivots, and which rows end or break here."""
+    """Slot, column and diagonal of the pivots, and which rows stop here.
+
+    A pivot that is no good is rounding, for a restart to mend, unless ``made``, the steps since the last start, is 0.
+    """
     lowest = tl.min(best, axis=1, keep_dims=True)
     winner = tl.min(tl.where(best == lowest, key, _NONE), axis=1, keep_dims=True)
     pivot = winner & _SLOT
     state = tl.where((state == 0) & (winner == _NONE), _ENDED, state)
     found = state == 0
     value = tl.load(working.diagonal + here * sizes.width + pivot, mask=found, other=1.0)
-    state = tl.where(found & ~((value > 0) & (value < float("inf"))), _BROKEN, state)
+    bad = found & ~((value > 0) & (value < float("inf")))
+    state = tl.where(bad, tl.where(made > 0, _WORN, _BROKEN), state)
     return pivot, winner >> 32, tl.where(state == 0, value, 1.0), state
 
 
@@ -285,7 +295,7 @@ def _eliminate(
     return best, key
 
 
-@triton.jit(do_not_specialize=["rows", "size", "steps"])
+@triton.jit(do_not_specialize=["rows", "size", "steps", "made"])
 def panel_kernel(
     lines: tl.tensor,
     working: tl.tensor,
@@ -294,6 +304,7 @@ def panel_kernel(
     rows: tl.tensor,  # P
     size: tl.tensor,  # m
     steps: tl.tensor,  # B
+    made: tl.tensor,  # steps since the chunk started
     MAX_CODE: tl.constexpr,
     FAR: tl.constexpr,
     WORN_RATIO: tl.constexpr,
@@ -303,8 +314,8 @@ def panel_kernel(
 ) -> None:
     """``B`` eliminations of each row that is running. Order, losses, codes, counts and status are written.
 
-    A row stops when no slot is alive (``ENDED``) or its pivot is not finite and positive (``BROKEN``); a pivot smaller
-    than its reference by more than ``WORN_RATIO`` marks it ``WORN`` at the panel's end.
+    A row stops when no slot is alive (``ENDED``) or its first pivot is not finite and positive (``BROKEN``). It is
+    ``WORN`` when a later one is not, at once, or is smaller than its reference by more than ``WORN_RATIO``, at the end.
     """
     here = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     state = tl.load(working.status + here, mask=here < rows, other=_ENDED)
@@ -321,7 +332,7 @@ def panel_kernel(
     best, key = _open(lines, working, sizes, matrix, size, at, none, nobody, MAX_CODE, FAR, COLS)
     for step in range(steps):
         tl.debug_barrier()
-        pivot, chosen, value, state = _choose(working, sizes, here, state, best, key)
+        pivot, chosen, value, state = _choose(working, sizes, here, state, best, key, made + step)
         going = state == 0
         weight = tl.load(working.weight + here * sizes.width + pivot, mask=going, other=0.0)
         reference = tl.load(working.reference + here * sizes.columns + chosen, mask=going, other=0.0)
