@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lightning_obc.obs import LayerSolution
     from lightning_obc.pipeline import compress
     from lightning_obc.report import CompressionReport
+    from lightning_obc.solvers import Refine
     from lightning_obc.specs import NM, Block, Calibration, IntGrid, Prune, Quantize, Structured, Unstructured
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = {
     "LayerSolution": "lightning_obc.obs",
     "compress": "lightning_obc.pipeline",
     "CompressionReport": "lightning_obc.report",
+    "Refine": "lightning_obc.solvers",
     "NM": "lightning_obc.specs",
     "Block": "lightning_obc.specs",
     "Calibration": "lightning_obc.specs",
@@ -53,6 +55,7 @@ __all__ = [
     "OBCCallback",
     "Prune",
     "Quantize",
+    "Refine",
     "Structured",
     "Unstructured",
     "__version__",
