@@ -72,6 +72,7 @@ class ActivationQuantizer:
         }
         self._grids: dict[str, Grid] = {}
         self._fitted: dict[tuple[str, int], Grid] = {}
+        self._frozen = False
         self._handles: list[RemovableHandle] = []
         self._bits: dict[str, int | None] = {}
         self.set_bits(bits)
@@ -112,9 +113,8 @@ class ActivationQuantizer:
         for width in chosen.values():
             if width is not None:
                 self.spec.with_bits(width)
-        frozen = bool(self._grids)
         self._bits = chosen
-        if frozen:
+        if self._frozen:
             self.freeze()
 
     def _bits_at(self, name: str, bits: int | None) -> int | None:
@@ -169,6 +169,7 @@ class ActivationQuantizer:
             NonFiniteError: NaN or Inf was observed.
         """
         self._grids = {name: self._fit(name, bits) for name, bits in self._bits.items() if bits is not None}
+        self._frozen = True
         if self.enabled:
             self.enable()
         return self

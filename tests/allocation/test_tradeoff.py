@@ -1,0 +1,221 @@
+"""The whole search on a small network: budgets kept, the model given back, results that can be made again."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.allocation.latency import LatencyTable
+from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.spdy import SPDY
+from lightning_obc.allocation.stitch import read_recipe
+from lightning_obc.allocation.tradeoff import OutputError, default_levels, search
+from lightning_obc.errors import BudgetError, CalibrationError, MissingExtraError, SpecError
+from lightning_obc.specs import IntGrid
+
+SMALL = SPDY(starts=4, tries=4, evaluations=8)
+
+
+def agreement(model: nn.Module, batches: list[Tensor]) -> Any:
+    """A metric without labels: how often the compressed model decides like the dense one."""
+    with torch.no_grad():
+        expected = [model(batch).argmax(1) for batch in batches]
+
+    def metric(other: nn.Module) -> float:
+        with torch.no_grad():
+            hits = [(other(b).argmax(1) == e).float().mean() for b, e in zip(batches, expected, strict=True)]
+        return float(torch.stack(hits).mean())
+
+    return metric
+
+
+def run(model: nn.Module, batches: list[Tensor], budgets: list[float], **options: Any) -> Any:
+    return search(model, batches, budgets, agreement(model, batches), spdy=SMALL, **options)
+
+
+@pytest.mark.parametrize("cost", ["flops", "bops", "bytes"])
+def test_every_point_keeps_its_budget_and_the_model_is_dense_again(
+    cost: Any, model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    levels = unstructured_ladder(0.1, 0.7) if cost == "flops" else None
+    result = run(model, batches, [0.5, 0.3], cost=cost, levels=levels, directory=tmp_path / "db")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert [p.method for p in result.points].count("dp") == 2
+    for point in result.points:
+        assert 0 < point.cost <= point.budget * (1 + 1e-9)
+        assert set(point.profile) == {"stem", "mix", "head"}
+    for budget in (0.5, 0.3):
+        spdy = result.point(budget, "spdy")
+        others = [p for p in result.points if p.budget == spdy.budget]
+        assert spdy.loss <= min(p.loss for p in others)
+        assert 0 < spdy.evaluations <= 8
+    assert result.dense_metric == 1.0
+
+
+def test_points_can_be_applied_and_written(model: Any, batches: list[Tensor], tmp_path: Path) -> None:
+    metric = agreement(model, batches)
+    result = run(model, batches, [0.1])
+    point = result.point(0.1)
+    solutions = result.apply_(model, point)
+    assert set(solutions) == set(point.profile)
+    assert metric(model) == point.metric
+    result.write(tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "curve.json").read_text())
+    assert content["baseline"] == "the dense float32 model"
+    assert len(content["points"]) == len(result.points)
+    _, calibration, levels = read_recipe(tmp_path / "out" / "spdy-0.1.yaml")
+    assert {name: level.name for name, level in levels.items()} == result.point(0.1, "spdy").profile
+    assert calibration["samples"] == 1024
+    assert "dense float32 model" in result.table()
+    assert "| budget" in (tmp_path / "out" / "curve.md").read_text()
+    with pytest.raises(BudgetError, match="no such point"):
+        result.point(0.2)
+
+
+def test_flops_of_a_profile_are_those_of_the_stitched_model(model: Any, batches: list[Tensor]) -> None:
+    levels = unstructured_ladder(0.2, 0.6)
+    result = run(model, batches, [0.5], cost="flops", levels=levels, methods=["dp"], exclude=["head"])
+    point = result.point(0.5)
+    result.apply_(model, point)
+    positions = {"stem": 36, "mix": 36, "head": 1}
+    counted = sum(n * int((getattr(model, name).weight != 0).sum()) for name, n in positions.items())
+    dense = sum(n * getattr(model, name).weight.numel() for name, n in positions.items())
+    assert result.dense_cost == dense
+    assert point.cost == pytest.approx(counted / dense)
+    assert "head" not in point.profile
+
+
+def test_latency_budgets(model: Any, batches: list[Tensor]) -> None:
+    levels = product([None], [(None, None), (8, 8)])
+    seconds = {name: {"dense": 4.0, "w8+a8": 1.0} for name in ("stem", "mix", "head")}
+    table = LatencyTable(seconds, overhead=2.0)
+    result = run(model, batches, [0.58], cost=table, levels=levels, methods=["dp"])
+    point = result.point(0.58)
+    assert result.cost_name == "seconds"
+    assert result.dense_cost == 14.0
+    assert point.cost * 14.0 == pytest.approx(8.0)
+    assert sorted(point.profile.values()) == ["dense", "w8+a8", "w8+a8"]
+    with pytest.raises(SpecError, match=r"stem at w8\+a8"):
+        run(model, batches, [0.5], cost=LatencyTable({n: {"dense": 1.0} for n in seconds}), levels=levels)
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [(0.0, "not a positive number"), (-1.0, "not a positive"), (1.5, "larger than the cost of the dense model")],
+)
+def test_impossible_budgets_fail_before_any_work(
+    budget: float, message: str, model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match=message):
+        run(model, batches, [0.5, budget], directory=tmp_path / "db")
+    assert not (tmp_path / "db").exists()
+
+
+def test_budgets_below_the_minimum_name_the_best_reachable_and_lose_nothing(
+    model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(BudgetError, match="best reachable budget"):
+        run(model, batches, [0.001], directory=tmp_path / "db")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert len(list((tmp_path / "db" / "levels").iterdir())) == 3
+
+
+def test_edges_keep_eight_bits(model: Any, batches: list[Tensor]) -> None:
+    result = run(model, batches, [0.05], edges_at_8=True, methods=["dp"])
+    profile = result.point(0.05).profile
+    for name in ("stem", "head"):
+        level = result.database.level(name, profile[name])
+        assert level.weight_bits >= 8
+        assert level.activation_bits >= 8
+
+
+def test_corrections_start_from_the_dense_state_each_time(model: Any, batches: list[Tensor]) -> None:
+    seen: list[float] = []
+
+    def correct(other: Any) -> None:
+        seen.append(other.norm.bias[0].item())
+        with torch.no_grad():
+            other.norm.bias.add_(1.0)
+
+    result = run(model, batches, [0.3], correct=correct)
+    assert set(seen) == {float(model.norm.bias[0])}
+    result.apply_(model, result.point(0.3))
+    assert float(model.norm.bias[0]) == seen[0] + 1
+
+
+def test_scores_by_loss_and_losses_of_ones_own(model: Any, batches: list[Tensor]) -> None:
+    calls: list[int] = []
+
+    def loss(other: nn.Module) -> float:
+        calls.append(1)
+        return float((other.stem.weight == 0).sum())  # type: ignore[union-attr]
+
+    levels = unstructured_ladder(0.3, 0.6)
+    result = run(model, batches, [0.6], cost="flops", levels=levels, scores="loss", loss=loss, methods=["dp"])
+    assert len(calls) > 3 * (len(levels) - 1)
+    assert result.point(0.6).loss == 0, "a loss that sees only one layer leaves that layer dense"
+
+
+def test_budgets_that_no_single_level_meets_are_noted(model: Any, batches: list[Tensor]) -> None:
+    """All levels that fit everywhere miss the budget; a layer that lacks 2:4 falls back to the level without zeros."""
+    levels = product([None, "2:4"], [(None, None), (8, 8)])
+    everywhere = run(model, batches, [0.9], levels=levels, methods=["uniform"]).point(0.9)
+    assert everywhere.profile == {"stem": "w8+a8", "mix": "w8+a8", "head": "w8+a8"}
+    seconds = {name: {"dense": 4.0, "w8+a8": 5.0} for name in ("stem", "mix")} | {"head": {"dense": 4.0, "w8+a8": 1.0}}
+    table, levels = LatencyTable(seconds), product([None], [(None, None), (8, 8)])
+    result = run(model, batches, [0.8], cost=table, levels=levels, methods=["uniform", "dp"])
+    assert result.notes == ["no single level meets the budget of 0.8"]
+    assert [p.profile for p in result.points] == [{"stem": "dense", "mix": "dense", "head": "w8+a8"}]
+
+
+def test_output_errors_are_relative(model: Any, batches: list[Tensor]) -> None:
+    error = OutputError(model, batches)
+    assert error(model) == 0
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.head.bias.zero_()
+    assert error(model) == pytest.approx(1)
+    with pytest.raises(CalibrationError, match="returns no tensor"):
+        OutputError(model, batches, lambda m, b: "text")
+
+
+def test_plots(model: Any, batches: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run(model, batches, [0.3], methods=["uniform", "dp"])
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any, **options: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "__import__", without)
+        with pytest.raises(MissingExtraError, match="pip install matplotlib"):
+            result.plot(tmp_path / "curve.png")
+    pytest.importorskip("matplotlib")
+    result.plot(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_that_cannot_be_meant(model: Any, batches: list[Tensor]) -> None:
+    with pytest.raises(SpecError, match="greedy"):
+        run(model, batches, [0.5], methods=["greedy"])
+    with pytest.raises(SpecError, match="Unknown cost"):
+        run(model, batches, [0.5], cost="energy", levels=[Level(grid=IntGrid(8))])
+    with pytest.raises(SpecError, match="Unknown scores"):
+        run(model, batches, [0.5], scores="taste")
+
+
+def test_default_levels_suit_the_cost() -> None:
+    assert len(default_levels("flops")) > 30
+    assert {level.weight_bits for level in default_levels("bytes")} == {32, 8, 6, 4, 3, 2}
+    assert any(level.activations for level in default_levels("bops"))
