@@ -5,6 +5,9 @@ Layout. Only the upper triangle of ``G`` is kept, in column blocks of ``WIDTH``:
 by tile, both read memory forwards, at half the size of the full matrix. A panel of pivot columns ``V`` is kept in
 chunks of ``CHUNK`` positions, ``[chunk][step][CHUNK]``, the shape in which the tiles read it.
 
+Offsets in inner loops are unsigned: numba lets a signed index count from the end, which keeps loops from being
+vectorised.
+
 Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's earlier columns; at the panel's end
 :func:`flush`, ``G -= V Vᵀ``.
 """
@@ -63,18 +66,19 @@ def pack(matrix: Array, packed: Array) -> None:
 @_jit
 def gather(packed: Array, size: int, pivot: int, panel: Array, step: int, steps: int) -> None:
     """Column ``pivot`` of the leading ``size`` rows into the panel, zeros behind it up to the end of its chunk."""
-    start = at(0, pivot)
-    for row in range(pivot):
-        panel[panel_at(row, step, steps)] = packed[start + row * WIDTH]
+    for first in range(0, pivot, CHUNK):
+        source, target = np.uint64(at(first, pivot)), np.uint64(panel_at(first, step, steps))
+        for k in range(min(CHUNK, pivot - first)):
+            panel[target + np.uint64(k)] = packed[source + np.uint64(k * WIDTH)]
     for block in range(pivot // WIDTH, (size + WIDTH - 1) // WIDTH):
         first = max(pivot, block * WIDTH)
         last = min(size, (block + 1) * WIDTH)
-        source, target = at(pivot, first), panel_at(first, step, steps)
+        source, target = np.uint64(at(pivot, first)), np.uint64(panel_at(first, step, steps))
         for k in range(last - first):
-            panel[target + k] = packed[source + k]
-    end = (size + CHUNK - 1) // CHUNK * CHUNK
-    for row in range(size, end):
-        panel[panel_at(row, step, steps)] = 0
+            panel[target + np.uint64(k)] = packed[source + np.uint64(k)]
+    target = np.uint64(panel_at(size, step, steps))
+    for k in range(-size % CHUNK):
+        panel[target + np.uint64(k)] = 0
 
 
 @_inline

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_obc.kernels.obs_sweep import packed, tile
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, lower, source_digest
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     WIDTH,
@@ -31,8 +31,8 @@ from lightning_obc.kernels.obs_sweep.packed import (
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
-# Only in these may the compiler assume ordinary numbers: it does not vectorise a minimum otherwise.
-_jit_fast = numba.njit(fastmath=True, error_model="numpy", nogil=True)
+# Passing a whole Scratch costs more than a chunk's arithmetic, so what runs every step is inlined.
+_jit_inline = numba.njit(forceinline=True, **STRICT)
 _cheaper_to_invert = _jit(cheaper_to_invert)
 _NONE = np.iinfo(np.int32).max
 CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
@@ -199,7 +199,7 @@ def _load_panel(source: Array, size: int, start: bool, s: Scratch, o: Options) -
         _score(chunk, s, o)
 
 
-@_jit
+@_jit_inline
 def _panel(
     row: int,
     source: Array,
@@ -237,7 +237,7 @@ def _panel(
     return WORN if worn else CONTINUE, done, steps, leaving
 
 
-@_jit
+@_jit_inline
 def _fix(row: int, pivot: int, done: int, known: bool, p: Problem, out: Result, s: Scratch, o: Options) -> Any:
     """Record the pivot; returns how far it is from its target."""
     column, error = s.column[pivot], s.weight[pivot]
@@ -256,7 +256,7 @@ def _fix(row: int, pivot: int, done: int, known: bool, p: Problem, out: Result, 
     return error
 
 
-@_jit
+@_jit_inline
 def _close_full_groups(size: int, leaving: int, p: Problem, s: Scratch, o: Options) -> int:
     for group in range(p.quota.shape[0]):
         leaving = _close_if_full(group, leaving, p, s, o)
@@ -265,7 +265,7 @@ def _close_full_groups(size: int, leaving: int, p: Problem, s: Scratch, o: Optio
     return leaving
 
 
-@_jit
+@_jit_inline
 def _close_if_full(group: int, leaving: int, p: Problem, s: Scratch, o: Options) -> int:
     """A group with all its zeros leaves the working set."""
     if s.made[group] >= p.quota[group]:
@@ -277,7 +277,7 @@ def _close_if_full(group: int, leaving: int, p: Problem, s: Scratch, o: Options)
     return leaving
 
 
-@_jit
+@_jit_inline
 def _choose(size: int, s: Scratch, o: Options) -> int:
     """Position of the smallest score, the lowest column among equals; -1 when there is none."""
     chunks = (size + CHUNK - 1) // CHUNK
@@ -293,15 +293,16 @@ def _choose(size: int, s: Scratch, o: Options) -> int:
     return -1 if column == _NONE else s.position[column]
 
 
-@_jit_fast
+@_jit
 def _lowest_column(score: Array, column: IntArray, start: int, best: Any) -> int:
     lowest: Any = np.int32(_NONE)
-    for i in range(start, start + CHUNK):
+    for k in range(CHUNK):
+        i = np.uint64(start) + np.uint64(k)
         lowest = min(lowest, column[i] if score[i] == best else np.int32(_NONE))
     return lowest
 
 
-@_jit
+@_jit_inline
 def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, steps: int, s: Scratch, o: Options) -> None:
     """Form the pivot column, move the weights and the diagonal, and score again."""
     gather(source, size, pivot, s.panel, step, steps)
@@ -315,16 +316,17 @@ def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, step
         _score(chunk, s, o)
 
 
-@_jit_fast
+@_jit
 def _advance(panel: Array, at: int, weight: Array, diagonal: Array, start: int, inverse_root: Any, z: Any) -> None:
     for k in range(CHUNK):
-        v = panel[at + k] * inverse_root
-        panel[at + k] = v
-        weight[start + k] -= z * v
-        diagonal[start + k] -= v * v
+        i, j = np.uint64(start) + np.uint64(k), np.uint64(at) + np.uint64(k)
+        v = panel[j] * inverse_root
+        panel[j] = v
+        weight[i] -= z * v
+        diagonal[i] -= v * v
 
 
-@_jit
+@_jit_inline
 def _score(chunk: int, s: Scratch, o: Options) -> None:
     start = chunk * CHUNK
     if o.quantize:
@@ -335,17 +337,18 @@ def _score(chunk: int, s: Scratch, o: Options) -> None:
         s.chunk_best[chunk] = _score_prune(s.weight, s.diagonal, s.penalty, s.score, start, o.big)
 
 
-@_jit_fast
+@_jit
 def _score_prune(weight: Array, diagonal: Array, penalty: Array, score: Array, start: int, big: Any) -> Any:
     best = big
-    for i in range(start, start + CHUNK):
+    for k in range(CHUNK):
+        i = np.uint64(start) + np.uint64(k)
         value = weight[i] * weight[i] / diagonal[i] + penalty[i]
         score[i] = value
-        best = min(best, value)
+        best = lower(best, value)
     return best
 
 
-@_jit_fast
+@_jit
 def _score_quantize(
     weight: Array,
     diagonal: Array,
@@ -359,7 +362,8 @@ def _score_quantize(
 ) -> Any:
     """Clipped outliers score below zero, the largest squared error lowest, so that one minimum finds both."""
     best = o.big
-    for i in range(start, start + CHUNK):
+    for k in range(CHUNK):
+        i = np.uint64(start) + np.uint64(k)
         nearest = np.rint(weight[i] * inverse_scale[i]) + zero_point[i]
         code = min(max(nearest, o.zero), o.max_code)
         error = weight[i] - (code - zero_point[i]) * scale[i]
@@ -367,7 +371,7 @@ def _score_quantize(
         far = nearest != code and square > o.outlier * scale[i] * scale[i]
         value = (-square if far else square / diagonal[i]) + penalty[i]
         score[i] = value
-        best = min(best, value)
+        best = lower(best, value)
     return best
 
 
@@ -396,12 +400,15 @@ def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> int
 
 @_jit
 def _move(packed: Array, last: int, hole: int) -> None:
-    source, target = at(0, last), at(0, hole)
+    source, target = np.uint64(at(0, last)), np.uint64(at(0, hole))
     for i in range(hole):
-        packed[target + i * WIDTH] = packed[source + i * WIDTH]
+        packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
     packed[at(hole, hole)] = packed[at(last, last)]
-    for i in range(hole + 1, last):
-        packed[at(hole, i)] = packed[source + i * WIDTH]
+    for block in range(hole // WIDTH, last // WIDTH + 1):
+        first = max(hole + 1, block * WIDTH)
+        line, source = np.uint64(at(hole, first)), np.uint64(at(first, last))
+        for k in range(min(last, (block + 1) * WIDTH) - first):
+            packed[line + np.uint64(k)] = packed[source + np.uint64(k * WIDTH)]
 
 
 @_jit
