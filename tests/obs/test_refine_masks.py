@@ -39,9 +39,9 @@ def test_tableau_holds_the_inverse_and_the_schur_complement(share: float) -> Non
     problem = layer(1, 5, 9, share)
     if share in (0.0, 1.0):
         problem.mask.fill_(bool(share))
-    hessian = problem.hessian.expand(5, -1, -1)
-    got = tableau(hessian, problem.inverse.expand(5, -1, -1), problem.mask[0])
-    torch.testing.assert_close(got, pivot_block(hessian, problem.mask[0]), rtol=1e-8, atol=1e-9)
+    which = torch.zeros(5, dtype=torch.int64)
+    got = tableau(problem.hessian, problem.inverse, which, problem.mask[0])
+    torch.testing.assert_close(got, pivot_block(problem.hessian, which, problem.mask[0]), rtol=1e-8, atol=1e-9)
     for row in range(5):
         kept, gone = problem.mask[0, row].nonzero().flatten(), (~problem.mask[0, row]).nonzero().flatten()
         h, inverse = problem.hessian[0], torch.linalg.inv(problem.hessian[0][kept][:, kept])
@@ -55,14 +55,15 @@ def test_flips_equal_a_fresh_tableau() -> None:
     problem = layer(1, 6, 10)
     kept = problem.mask[0]
     dense = problem.dense[0].double()
-    hessian, inverse = (matrix.expand(6, -1, -1) for matrix in (problem.hessian, problem.inverse))
-    state = SwapState.start(tableau(hessian, inverse, kept), dense, kept, 4)
+    which = torch.zeros(6, dtype=torch.int64)
+    state = SwapState.start(tableau(problem.hessian, problem.inverse, which, kept), dense, kept, 4)
     generator = torch.Generator().manual_seed(3)
     for _ in range(8):
         chosen = torch.randint(0, 10, (6,), generator=generator)
         moving = torch.rand(6, generator=generator) < 0.7
         state.flip_(chosen, moving)
-        fresh = SwapState.start(tableau(hessian, inverse, state.kept), dense, state.kept, 4)
+        base = tableau(problem.hessian, problem.inverse, which, state.kept)
+        fresh = SwapState.start(base, dense, state.kept, 4)
         torch.testing.assert_close(state.diagonal, fresh.diagonal)
         torch.testing.assert_close(state.linear, fresh.linear)
         everything = torch.arange(10).expand(6, 10)
@@ -171,4 +172,16 @@ def test_depths_on_record() -> None:
 
 def test_indefinite_matrices_are_refused() -> None:
     with pytest.raises(NotPositiveDefiniteError, match="raise damping"):
-        pivot_block(-torch.eye(3, dtype=torch.float64)[None], torch.tensor([[True, True, False]]))
+        pivot_block(-torch.eye(3, dtype=torch.float64)[None], torch.tensor([0]), torch.tensor([[True, True, False]]))
+
+
+def test_tableau_of_a_badly_scaled_matrix() -> None:
+    """Channels of very unequal size, as in transformers: scaling must not cost digits."""
+    problem = layer(1, 4, 12)
+    size = torch.logspace(-4, 4, 12, dtype=torch.float64)
+    hessian = problem.hessian * size[:, None] * size[None, :]
+    got = tableau(hessian, torch.linalg.inv(hessian), torch.zeros(4, dtype=torch.int64), problem.mask[0])
+    for row in range(4):
+        kept = problem.mask[0, row].nonzero().flatten()
+        inverse = torch.linalg.inv(problem.hessian[0][kept][:, kept]) / (size[kept][:, None] * size[kept][None, :])
+        torch.testing.assert_close(got[row][kept][:, kept], -inverse, rtol=1e-6, atol=0)

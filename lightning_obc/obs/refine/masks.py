@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_obc.linalg import resolve_budget
+from lightning_obc.linalg import resolve_budget, rowwise_product
 from lightning_obc.obs.refine.judge import Deadline
 from lightning_obc.obs.refine.tableau import SwapState, tableau
 
@@ -121,11 +121,11 @@ def _search(
     dense, kept, free = (
         part.reshape(-1, part.shape[-1])[chosen] for part in (problem.dense.double(), problem.mask, problem.free)
     )
-    base = tableau(_each(problem.hessian, which), _each(problem.inverse, which), kept)
+    base = tableau(problem.hessian, problem.inverse, which, kept)
     state = SwapState.start(base, dense, kept, marks[-1])
     pairs = _AnyPair(state, free) if problem.column_group is None else _GroupPair(state, free, problem.column_group)
     # Gains below this share of the row's own output are rounding errors; two swaps could undo each other for ever.
-    floor = RELATIVE_GAIN * (_times(dense, problem.hessian, which) * dense).sum(-1)
+    floor = RELATIVE_GAIN * (rowwise_product(dense, problem.hessian, which) * dense).sum(-1)
     alive = torch.ones_like(which, dtype=torch.bool)
     done = 0
     for index, mark in enumerate(marks):
@@ -135,16 +135,6 @@ def _search(
             pairs.apply_(enter, leave, alive)
             done += 1
         masks[index, chosen], weights[index, chosen] = state.kept, state.weight
-
-
-def _each(matrices: Tensor, which: Tensor) -> Tensor:
-    """``matrices[which]``, without a copy when there is only one."""
-    return matrices.expand(len(which), -1, -1) if len(matrices) == 1 else matrices[which]
-
-
-def _times(rows: Tensor, matrices: Tensor, which: Tensor) -> Tensor:
-    """``rows[i] @ matrices[which[i]]``."""
-    return rows @ matrices[0] if len(matrices) == 1 else torch.bmm(rows[:, None], matrices[which])[:, 0]
 
 
 class _AnyPair:

@@ -20,31 +20,33 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
+from lightning_obc.linalg import padded_columns, submatrix
 
 
-def pivot_block(base: Tensor, pivots: Tensor) -> Tensor:
+def pivot_block(matrices: Tensor, which: Tensor, pivots: Tensor) -> Tensor:
     """Sweep symmetric positive definite matrices on a set of pivots each.
 
+    With ``M`` the pivot rows of a matrix ``A`` less those of the identity, the tableau of the module's docstring is
+    ``A - Mᵀ (A_UU)⁻¹ M - 2 I_UU``: one product, no copies between blocks. Subtracting the identity costs no digits
+    when the diagonal of ``A`` is 1, so the matrices are scaled to that, and the result is scaled back.
+
     Args:
-        base: ``[P, d, d]`` float64.
+        matrices: ``[g, d, d]`` float64.
+        which: ``[P]`` int64, the matrix of every row.
         pivots: ``[P, d]`` bool.
 
     Returns:
-        ``[P, d, d]``, the tableau of the module's docstring with ``U = pivots``.
+        ``[P, d, d]``, the tableau with ``U = pivots``.
 
     Raises:
         NotPositiveDefiniteError: A factorisation fails.
     """
-    count = pivots.sum(1)
-    most = int(count.max())
-    if most == 0:
-        return base.clone()
-    order = torch.argsort(pivots.to(torch.int8), dim=1, descending=True, stable=True)
-    moved = base.gather(1, order[:, :, None].expand_as(base)).gather(2, order[:, None, :].expand_as(base))
-    real = torch.arange(base.shape[1], device=base.device) < count[:, None]
-    inside = real[:, :most, None] & real[:, None, :most]
-    eye = torch.eye(most, dtype=base.dtype, device=base.device)
-    factor, info = torch.linalg.cholesky_ex(torch.where(inside, moved[:, :most, :most], eye))
+    if not bool(pivots.any()):
+        return matrices[which]
+    size = matrices.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(matrices.dtype).tiny).rsqrt()
+    unit = matrices * size[:, :, None] * size[:, None, :]
+    picked, real = padded_columns(pivots)
+    factor, info = torch.linalg.cholesky_ex(submatrix(unit, which, picked, real))
     if bool(torch.any(info > 0)):
         raise NotPositiveDefiniteError(
             "A Hessian restricted to a mask is not positive definite",
@@ -52,22 +54,21 @@ def pivot_block(base: Tensor, pivots: Tensor) -> Tensor:
             expected="a positive definite damped Hessian",
             remedy="raise damping",
         )
-    inverse = torch.where(inside, torch.cholesky_inverse(factor), 0.0)
-    cross = inverse @ moved[:, :most]
-    swept = torch.baddbmm(moved, moved[:, :, :most], cross, alpha=-1)
-    rows, columns = real[:, :, None], real[:, None, :]
-    padded = torch.constant_pad_nd(cross, (0, 0, 0, base.shape[1] - most))
-    swept = torch.where(rows, padded, torch.where(columns, padded.mT, swept))
-    swept[:, :most, :most] = torch.where(inside, -inverse, swept[:, :most, :most])
-    back = torch.argsort(order, dim=1)
-    return swept.gather(1, back[:, :, None].expand_as(base)).gather(2, back[:, None, :].expand_as(base))
+    rows = unit[which[:, None], picked]
+    rows.scatter_add_(2, picked[..., None], -torch.ones_like(rows[..., :1]))
+    rows *= real[..., None]
+    base = unit.expand(len(which), -1, -1) if len(unit) == 1 else unit[which]
+    swept = torch.baddbmm(base, rows.mT, torch.cholesky_inverse(factor) @ rows, alpha=-1)
+    swept.diagonal(dim1=1, dim2=2).sub_(2 * pivots.to(swept.dtype))
+    back = torch.where(pivots, size[which], 1 / size[which])
+    return swept.mul_(back[:, :, None]).mul_(back[:, None, :])
 
 
-def tableau(hessian: Tensor, inverse: Tensor, kept: Tensor) -> Tensor:
-    """The tableau of masks ``kept [P, d]``, from ``H`` or from ``G = H⁻¹`` (``[P, d, d]``), whichever pivots less."""
+def tableau(hessian: Tensor, inverse: Tensor, which: Tensor, kept: Tensor) -> Tensor:
+    """The tableau of masks ``kept [P, d]``, from ``H`` or from ``G = H⁻¹`` (``[g, d, d]``), whichever pivots less."""
     if 2 * int(kept.sum()) <= kept.numel():
-        return pivot_block(hessian, kept)
-    return -pivot_block(inverse, ~kept)
+        return pivot_block(hessian, which, kept)
+    return -pivot_block(inverse, which, ~kept)
 
 
 @dataclass
