@@ -16,8 +16,8 @@ from lightning_obc.calibration import collect_hessians
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import adapter_for, select_layers
 
-# Attention's first and last layer in three of the six blocks, and the widest layer of one: minutes instead of hours. The
-# layers with 1536 inputs are left out for the same reason.
+# Attention's first and last layer in three of the six blocks, and the tallest layer of one: minutes instead of hours.
+# The layers with 1536 inputs are left out for the same reason.
 ENCODER_LAYERS = (
     "encoder.layer.[025].attention.self.query",
     "encoder.layer.[025].attention.output.dense",

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lightning_obc import obs
-from lightning_obc.errors import SpecError
+from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
+from lightning_obc.obs.refine import GreedyMask, refine_mask
 from lightning_obc.obs.refine.judge import Deadline, expected_change, judge, row_losses
 from lightning_obc.solvers import Refine
 from lightning_obc.specs import NM, Block, IntGrid, Pattern, Structured, Unstructured
@@ -172,3 +173,19 @@ def test_bad_limits_are_refused() -> None:
             Refine(**options)
     with pytest.raises(SpecError, match="refine"):
         obs.prune(torch.randn(4, 8), torch.eye(8), 0.5, refine="yes")  # type: ignore[arg-type]
+
+
+def test_halves_that_cannot_be_solved_leave_the_greedy_solution() -> None:
+    hessian = statistic(8, 20)
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+    problem = obs.prepare(weight, hessian)
+    mask = torch.rand(1, 4, 8, generator=torch.Generator().manual_seed(2)) < 0.5
+    greedy = GreedyMask(problem, mask, "torch")
+
+    def broken(problem: obs.Problem) -> GreedyMask:
+        raise NotPositiveDefiniteError("no pivot is positive")
+
+    solution = refine_mask(greedy.solution(), greedy, hessian, broken, Refine())
+    assert torch.equal(solution.weight, greedy.solution().weight)
+    assert solution.refinement is None
+    assert "no pivot is positive" in str(solution.status)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc import linalg
+from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
@@ -90,7 +91,10 @@ def refine_mask(
         start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
         return ((state.depth, state.weight) for state in search(start, limit))
 
-    verdict = _judged(greedy.problem, hessian, path, spec, deadline)
+    try:
+        verdict = _judged(greedy.problem, hessian, path, spec, deadline)
+    except NotPositiveDefiniteError as error:
+        return _unrefined(solution, error)
     mask = _last(search(greedy, deadline, None if verdict is None else verdict.depth)).mask
     problem = greedy.problem
     weight = linalg.masked_refit(
@@ -137,7 +141,10 @@ def refine_codes(
         start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
         return ((state.depth, state.weight) for state in search(start, limit))
 
-    verdict = _judged(greedy.problem, hessian, path, spec, deadline, coupled)
+    try:
+        verdict = _judged(greedy.problem, hessian, path, spec, deadline, coupled)
+    except NotPositiveDefiniteError as error:
+        return _unrefined(solution, error)
     state = _last(search(greedy, deadline, None if verdict is None else verdict.depth))
     better, gain = _better_rows(greedy.problem, solution, state.weight, coupled)
     codes = torch.where(better, state.codes, greedy.codes)
@@ -158,6 +165,12 @@ def _judged(
     if not spec.judge or not isinstance(hessian, Hessian) or not hessian.has_both_halves:
         return None
     return judge(problem.original_batched(), hessian, path, deadline, coupled)
+
+
+def _unrefined(solution: LayerSolution, error: NotPositiveDefiniteError) -> LayerSolution:
+    """The greedy solution with a note: without a judge, refinement may fit noise."""
+    note = f"not refined, because half of the samples cannot be solved alone: {error.message}"
+    return replace(solution, status=replace(solution.status, notes=(*solution.status.notes, note)))
 
 
 def _last(path: Iterator[State]) -> State:
