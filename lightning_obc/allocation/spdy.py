@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +33,8 @@ class SPDY:
         evaluations: Most profiles that are evaluated; None sets no limit. A profile met again costs nothing.
         seconds: Wall time after which no new profile is evaluated; None sets no limit.
         seed: Seed of the coefficients.
+        prior: Scores that the coefficients multiply: SPDY's ``"quadratic"`` in the rank of the cost, or the layer
+            ``"error"`` that the dynamic programme minimises, so that the search sets out from that programme's profile.
     """
 
     starts: int = 100
@@ -40,6 +43,7 @@ class SPDY:
     evaluations: int | None = None
     seconds: float | None = None
     seed: int = 0
+    prior: Literal["quadratic", "error"] = "error"
 
     def __post_init__(self) -> None:
         if self.starts < 0 or self.tries < 0 or self.starts + self.tries == 0:
@@ -48,6 +52,8 @@ class SPDY:
             )
         if not 0 < self.share <= 1:
             raise SpecError("SPDY.share is not possible", got=self.share, expected="a share of the layers in (0, 1]")
+        if self.prior not in ("quadratic", "error"):
+            raise SpecError("SPDY.prior is unknown", got=repr(self.prior), expected='"quadratic" or "error"')
         for name in ("evaluations", "seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -9,7 +9,6 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,7 +95,7 @@ def search(
         directory: Where the database is kept, to be gone on with; None takes a directory that goes with the result.
         layers: Names, globs or type names; None means every supported layer.
         exclude: Names, globs or type names that stay dense.
-        calibration: How much data is used, and how.
+        calibration: How much data is used; only its independent mode.
         forward: ``forward(model, batch)`` runs a batch.
         recipe: How levels are solved.
         activations: How activation ranges are found.
@@ -119,6 +118,13 @@ def search(
     if unknown or not methods:
         raise SpecError("Unknown search methods", got=unknown or "none", expected=f"some of {METHODS}")
     spec = calibration or Calibration()
+    if spec.mode != "independent":
+        raise SpecError(
+            "A search solves every level for the dense model's inputs",
+            got=f"mode={spec.mode!r}",
+            expected='mode="independent"',
+            remedy="correct the stitched model instead, with correct=",
+        )
     source = calibration_batches(batches, spec)
     wanted = list(levels) if levels is not None else default_levels(cost)
     with shown(progress) as report, _dense_afterwards(model) as cleanup:
@@ -265,7 +271,7 @@ def _database(
             layers=layers,
             exclude=exclude,
             recipe=recipe,
-            calibration=asdict(spec),
+            calibration={key: getattr(spec, key) for key in ("samples", "rounds", "batch_size", "seed")},
             progress=progress,
         )
     except BaseException:
@@ -362,7 +368,7 @@ def _profiles(
 ) -> list[tuple[float, Method, Profile | None, int]]:
     found: list[tuple[float, Method, Profile | None, int]] = []
     choices = programme.solve(scores)
-    prior = spdy_scores(table)
+    prior = spdy_scores(table) if spec.prior == "quadratic" else scores
     for number, (budget, choice) in enumerate(zip(programme.budgets, choices, strict=True)):
         if progress is not None:
             progress("Search: profiles", number, len(choices))

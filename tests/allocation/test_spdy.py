@@ -88,7 +88,15 @@ def test_nan_losses_lose_and_only_nan_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"starts": 0, "tries": 0}, {"starts": -1}, {"share": 0.0}, {"share": 1.5}, {"evaluations": 0}, {"seconds": -1.0}],
+    [
+        {"starts": 0, "tries": 0},
+        {"starts": -1},
+        {"share": 0.0},
+        {"share": 1.5},
+        {"evaluations": 0},
+        {"seconds": -1.0},
+        {"prior": "?"},
+    ],
 )
 def test_impossible_extents_are_refused(arguments: dict[str, float]) -> None:
     with pytest.raises(SpecError):

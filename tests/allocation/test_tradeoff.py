@@ -17,7 +17,7 @@ from lightning_obc.allocation.spdy import SPDY
 from lightning_obc.allocation.stitch import read_recipe
 from lightning_obc.allocation.tradeoff import OutputError, default_levels, search
 from lightning_obc.errors import BudgetError, CalibrationError, MissingExtraError, SpecError
-from lightning_obc.specs import IntGrid
+from lightning_obc.specs import Calibration, IntGrid
 
 SMALL = SPDY(starts=4, tries=4, evaluations=8)
 
@@ -147,9 +147,9 @@ def test_corrections_start_from_the_dense_state_each_time(model: Any, batches: l
             other.norm.bias.add_(1.0)
 
     result = run(model, batches, [0.3], correct=correct)
-    assert set(seen) == {float(model.norm.bias[0])}
+    assert set(seen) == {model.norm.bias[0].item()}
     result.apply_(model, result.point(0.3))
-    assert float(model.norm.bias[0]) == seen[0] + 1
+    assert model.norm.bias[0].item() == seen[0] + 1
 
 
 def test_scores_by_loss_and_losses_of_ones_own(model: Any, batches: list[Tensor]) -> None:
@@ -211,6 +211,8 @@ def test_options_that_cannot_be_meant(model: Any, batches: list[Tensor]) -> None
         run(model, batches, [0.5], methods=["greedy"])
     with pytest.raises(SpecError, match="Unknown cost"):
         run(model, batches, [0.5], cost="energy", levels=[Level(grid=IntGrid(8))])
+    with pytest.raises(SpecError, match="dense model's inputs"):
+        run(model, batches, [0.5], calibration=Calibration(mode="sequential"))
     with pytest.raises(SpecError, match="Unknown scores"):
         run(model, batches, [0.5], scores="taste")
 
