@@ -18,7 +18,6 @@ from torch import nn
 from torch.fx import GraphModule
 
 from lightning_obc.errors import ExportError
-from lightning_obc.export.files import PathLike, check_target, require, write_whole
 from lightning_obc.export.graph import Graph, Sample, dequantize_weights, finish, fold_batch_norms, trace
 from lightning_obc.export.ops import StoredCodes, compact_scales, translations
 from lightning_obc.export.quantized import (
@@ -38,6 +37,7 @@ from lightning_obc.export.weights import (
     named_layers,
     weight_keys,
 )
+from lightning_obc.files import PathLike, check_target, require, write_whole
 
 OPSET = 21
 _log = logging.getLogger(__name__)

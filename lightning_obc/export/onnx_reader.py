@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_obc.export.files import PathLike, require
 from lightning_obc.export.ops import StoredCodes
+from lightning_obc.files import PathLike, require
 
 
 def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:

@@ -113,7 +113,7 @@ def operators() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What the operators become in ONNX (opset 21), for ``torch.onnx.export``."""
-    from lightning_obc.export.files import require
+    from lightning_obc.files import require
 
     onnx = require("onnx", "onnx")
     op = require("onnxscript", "onnx").opset21

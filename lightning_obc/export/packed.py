@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import bits
 from lightning_obc.export.checksum import checksum
-from lightning_obc.export.files import PathLike, check_target, write_whole
 from lightning_obc.export.masks import decode_mask, encode_mask
 from lightning_obc.export.weights import (
     CompressedWeight,
@@ -29,6 +28,7 @@ from lightning_obc.export.weights import (
     named_layers,
     weight_keys,
 )
+from lightning_obc.files import PathLike, check_target, write_whole
 from lightning_obc.layers import normalise_name
 
 FORMAT, VERSION = "lightning_obc.packed", 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lightning_obc.errors import ExportError
-from lightning_obc.export.files import PathLike, require
+from lightning_obc.files import PathLike, require
 
 _BYTES_PER_MIB = 2**20
 _ELEMENT_TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64}

@@ -11,9 +11,9 @@ import torch
 from compressed_models import compress_, residual_net
 from torch import nn
 
+from lightning_obc import files as files_module
 from lightning_obc.errors import ExportError, LayerNotFoundError, MissingExtraError, SpecError
 from lightning_obc.export import export_onnx, open_session, read_onnx_weights
-from lightning_obc.export import files as files_module
 from lightning_obc.export.ops import StoredCodes, compact_scales, spread
 from lightning_obc.export.ranges import ActivationRange, as_range
 from lightning_obc.export.saturation import may_saturate
