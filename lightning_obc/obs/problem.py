@@ -17,6 +17,8 @@ from lightning_obc.kernels.obs_sweep import SweepInput
 from lightning_obc.obs.solution import LayerSolution, Status
 
 HessianLike = Tensor | Hessian
+# Losses are squares of weights times a Hessian: this leaves float32 half of its 2^±126 for the weights.
+_EXPONENT_LIMIT = 60
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,24 @@ class Problem:
     dead: Tensor
     notes: tuple[str, ...] = ()
 
-    def sweep_input(self, keep: Tensor | None = None) -> SweepInput:
-        return SweepInput(self.weight, self.inverse.to(self.weight.dtype), self.damped, keep)
+    def units(self) -> Tensor | None:
+        """``[g]`` float64: what a sweep's losses are counted in, or None, which means 1.
+
+        A problem whose ``mean diag(H + λ̄ I)`` is so far from 1 that the sweep's numbers would leave float32 counts in
+        the power of two next to it, which changes none of their digits.
+        """
+        exponent = torch.frexp(self.damped.diagonal(dim1=-2, dim2=-1).mean(-1)).exponent
+        exponent = torch.where(exponent.abs() > _EXPONENT_LIMIT, exponent, 0)
+        return torch.ldexp(torch.ones_like(self.lam_bar), exponent) if bool(exponent.any()) else None
+
+    def sweep_input(self, keep: Tensor | None = None, weight: Tensor | None = None) -> SweepInput:
+        """What the backends see, with losses in :meth:`units`; ``weight`` in place of the problem's own."""
+        dtype, units = self.weight.dtype, self.units()
+        start = self.weight if weight is None else weight.to(dtype)
+        if units is None:
+            return SweepInput(start, self.inverse.to(dtype), self.damped, keep)
+        units = units[:, None, None]
+        return SweepInput(start, (self.inverse * units).to(dtype), self.damped / units, keep)
 
     def with_dtype(self, dtype: torch.dtype) -> Problem:
         """The same problem swept in another precision."""

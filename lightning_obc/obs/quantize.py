@@ -108,7 +108,7 @@ def choose_codes(
 
     def kernel(problem: Problem) -> obs_sweep.SweepOutput:
         dtype = problem.weight.dtype
-        swept = obs_sweep.SweepInput(start.to(dtype), problem.inverse.to(dtype), problem.damped, keep)
+        swept = problem.sweep_input(keep, start)
         scale, zero = (grid.expand(part, columns).to(dtype).contiguous() for part in (grid.scale, grid.zero_point))
         table = obs_sweep.GridInput(scale, zero, grid.max_code)
         return obs_sweep.sweep_quantize(swept, table, backend=backend, memory_budget=memory_budget)
