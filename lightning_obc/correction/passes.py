@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.batches import to_device
-from lightning_obc.calibration.collect import eager_forward, undisturbed
+from lightning_obc.calibration.isolation import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.errors import EmptyCalibrationError
 
