@@ -139,7 +139,7 @@ def _rank(
 def _slots(first: tl.tensor, size: tl.tensor, rows: tl.tensor, COLS: tl.constexpr) -> tl.tensor:
     """Slots of a tile, those that exist, and those up to the end of a vector: whole vectors keep loads wide."""
     slot = first + tl.arange(0, COLS)[None, :].to(tl.int64)
-    return slot, rows & (slot < size), rows & (slot < tl.cdiv(size, _VECTOR) * _VECTOR)
+    return slot, rows & (slot < size), rows & (slot < (size + _VECTOR - 1) // _VECTOR * _VECTOR)
 
 
 @triton.jit
