@@ -251,7 +251,7 @@ def _fold_(module: nn.Module, target: ChannelMoments, now: ChannelMoments, max_r
 def _ratio(target: ChannelMoments, now: ChannelMoments, max_ratio: float) -> tuple[Tensor, int, int]:
     """``σ*/σ`` within its limits, how many channels have no variance, and how many were limited."""
     # Below this, a standard deviation is rounding noise of float32 activations of that size.
-    floor = 1e-6 * torch.maximum(now.mean.abs(), target.mean.abs()) + 1e-12
+    floor = 1e-6 * torch.maximum(now.mean.abs(), target.mean.abs()) + 1e-9 * target.std.square().mean().sqrt()
     still = (now.std <= floor) | (target.std <= floor)
     ratio = torch.where(still, 1.0, target.std / now.std.clamp_min(1e-300))
     limited_ratio = ratio.clamp(1 / max_ratio, max_ratio)
