@@ -38,7 +38,8 @@ def rebuild(
     grid: Grid | None = None
     codes: Tensor | None = None
     if level.grid is not None:
-        grid, codes = record.codes(level, mask.cpu())
+        stored_grid, stored_codes = record.codes(level, mask.cpu())
+        grid, codes = _on(stored_grid, dense), stored_codes.to(dense.device)
         weight = grid.dequantize(codes).to(dense)
     elif level.pattern is None:
         weight = dense.clone()
@@ -54,3 +55,8 @@ def rebuild(
         grid=grid,
         codes=codes,
     )
+
+
+def _on(grid: Grid, like: Tensor) -> Grid:
+    group = None if grid.column_group is None else grid.column_group.to(like.device)
+    return Grid(grid.spec, grid.scale.to(like.device), grid.zero_point.to(like.device), group)

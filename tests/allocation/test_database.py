@@ -17,8 +17,8 @@ from lightning_obc import obs
 from lightning_obc.allocation import build as build_module
 from lightning_obc.allocation.build import build_database
 from lightning_obc.allocation.database import Database
-from lightning_obc.allocation.levels import Level, block_ladder, product, unstructured_ladder
-from lightning_obc.allocation.record import check_mask
+from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.record import LayerRecord, check_mask
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.storage import from_triangle, pack, read_tensors, triangle, unpack, write_tensors
 from lightning_obc.calibration import collect_hessians
@@ -31,7 +31,7 @@ from lightning_obc.errors import (
     SpecError,
 )
 from lightning_obc.layers import adapter_for
-from lightning_obc.specs import NM, Block, IntGrid, Unstructured
+from lightning_obc.specs import NM, Block, IntGrid, Structured, Unstructured
 
 Collect = Callable[..., Any]
 
@@ -362,9 +362,26 @@ def test_unknown_layers_and_impossible_recipes(database: Database, model: Any, t
             Recipe(**arguments)  # type: ignore[arg-type]
 
 
-def test_block_levels(model: Any, statistics: Collect, tmp_path: Path) -> None:
-    levels = block_ladder(4, 0.3)
+def test_nested_masks_of_other_patterns_share_an_index(model: Any, statistics: Collect, tmp_path: Path) -> None:
+    levels = [Level(Structured(sparsity)) for sparsity in (0.25, 0.5, 0.75)]
     database = build_database(tmp_path, model, levels, statistics, layers=["mix", "head"])
+    record = database.record("head")
+    assert record.ladders == [["structured@0.25", "structured@0.5", "structured@0.75"]]
+    assert record.tensors["ladder.0"].numel() == 4 * 8 * 2 // 8
     for level in database.levels("head")[1:]:
-        blocks = database.solution("head", level).mask.reshape(4, 2, 4).sum(-1)
-        assert set(blocks.flatten().tolist()) <= {0, 4}
+        alone = obs.prune(weight_of(model.head), database.hessian("head"), level.pattern)  # type: ignore[arg-type]
+        found = database.solution("head", level)
+        assert torch.equal(found.mask, alone.mask)
+        torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
+
+
+def test_masks_that_are_not_nested_are_stored_apart() -> None:
+    record = LayerRecord((1, 1, 8), 1.0, 0.01)
+    masks = {
+        "a": torch.tensor([[[1, 1, 1, 1, 0, 0, 0, 0]]]).bool(),
+        "b": torch.tensor([[[0, 0, 1, 1, 1, 0, 0, 0]]]).bool(),
+    }
+    record.add_masks(masks)
+    assert record.ladders == []
+    assert sorted(record.tensors) == ["mask.a", "mask.b"]
+    assert record.bytes == 2
