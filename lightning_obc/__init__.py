@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_obc import baselines, errors, obs
     from lightning_obc.callbacks import OBCCallback
     from lightning_obc.correction_spec import Correct
+    from lightning_obc.forecast import Plan, plan
     from lightning_obc.grids import Grid
     from lightning_obc.hessian import Hessian
     from lightning_obc.obs import LayerSolution
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 _HOME = {
     "OBCCallback": "lightning_obc.callbacks",
     "Correct": "lightning_obc.correction_spec",
+    "Plan": "lightning_obc.forecast",
+    "plan": "lightning_obc.forecast",
     "Grid": "lightning_obc.grids",
     "Hessian": "lightning_obc.hessian",
     "LayerSolution": "lightning_obc.obs",
@@ -53,6 +56,7 @@ __all__ = [
     "IntGrid",
     "LayerSolution",
     "OBCCallback",
+    "Plan",
     "Prune",
     "Quantize",
     "Refine",
@@ -63,6 +67,7 @@ __all__ = [
     "compress",
     "errors",
     "obs",
+    "plan",
 ]
 
 

@@ -57,3 +57,33 @@ class Hessian:
 
     def to(self, device: torch.device | str) -> Hessian:
         return Hessian(self.halves.to(device), self.samples, self.estimate)
+
+
+@dataclass(frozen=True)
+class PairedHessian:
+    """What a layer sees behind compressed layers, ``X'``, beside what it saw before, ``X``.
+
+    Attributes:
+        hessian: Statistic of ``X'``.
+        cross: ``D = 2 (X - X') X'ᵀ / n``, ``[g, d, d]`` float64, not symmetric. Accumulated directly, so that it is
+            exactly zero where nothing has changed.
+        difference: ``2 (X - X') (X - X')ᵀ / n``, ``[g, d, d]`` float64, both triangles filled.
+    """
+
+    hessian: Hessian
+    cross: Tensor
+    difference: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("cross", "difference"):
+            got, expected = tuple(getattr(self, name).shape), tuple(self.hessian.halves.shape[1:])
+            if got != expected:
+                raise ShapeError(f"{name} does not belong to the Hessian", got=got, expected=str(expected))
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        return self.hessian.samples
+
+    def before(self) -> Tensor:
+        """``H = 2 X Xᵀ / n`` of the inputs before, ``[g, d, d]`` float64."""
+        return self.hessian.full() + self.cross + self.cross.mT + self.difference

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any, Literal, Protocol
 
@@ -14,17 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.baselines import adaprune, gptq, magnitude, round_to_nearest, sparsegpt
-from lightning_obc.calibration import calibration_batches, collect_hessians
+from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable
 from lightning_obc.correction import CorrectionReport, dense_references, run_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import NonFiniteError, OBCError, SpecError
-from lightning_obc.hessian import Hessian
-from lightning_obc.layers import adapter_for, unsupported_layers
+from lightning_obc.hessian import Hessian, PairedHessian
+from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.obs import LayerSolution, prune, quantize
-from lightning_obc.planning import LayerPlan, StagePlan, check_schedule, plan_stage, weight_matrix, weight_shape
+from lightning_obc.obs.recentre import Recentred, against_before, recentre
+from lightning_obc.planning import (
+    LayerPlan,
+    StagePlan,
+    check_schedule,
+    grouped,
+    plan_stage,
+    weight_matrix,
+    weight_shape,
+    within_memory,
+)
 from lightning_obc.report import CompressionReport, LayerReport, StageReport
 from lightning_obc.report.progress import shown
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+# Where the stage chooses its own damping, by halves of the samples that recentring does not tell apart.
+_RECENTRING_DAMPING = 0.01
 
 OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
@@ -71,6 +85,16 @@ def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels:
     return quantize(weight, hessian, stage.parsed, backend=stage.backend, refine=stage.refine, **options)
 
 
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a layer: a solution, or the reason why there is none."""
+
+    solution: LayerSolution | None
+    status: str
+    seconds: float
+    inherited: float | None = None
+
+
 def run_stage(
     model: nn.Module,
     stage: Stage,
@@ -86,42 +110,140 @@ def run_stage(
     Args:
         model: Changed in place; parameters are copied into, never replaced.
         stage: What to do.
-        collect: Returns the Hessians of the modules it is given; called once, before any weight changes.
-        on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
+        collect: Returns the Hessians of the modules it is given. A :class:`~lightning_obc.calibration.Collector` also
+            says, by its ``spec``, whether layers are calibrated behind compressed ones and how much memory statistics
+            may take; any other function is called once, before any weight changes.
+        on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it, with
+            nothing written of the layers that are compressed together with it.
         progress: Called as ``progress(description, completed, total)``.
         store: Where solved layers are kept, to go on after an interruption.
         plan: The plan of this stage, if it was made already.
 
     Raises:
-        LayerNotFoundError, PatternError, NonFiniteError, CalibrationError: Before any weight is changed.
+        LayerNotFoundError, PatternError, NonFiniteError, CalibrationError: Before any weight is changed; behind
+            compressed layers, before any weight of the next layers is changed.
         SpecError: The stage is a correction, which :func:`correct_after` runs.
     """
     if isinstance(stage, Correct):
         raise SpecError(f"{stage} solves no layers", got="run_stage", expected="correct_after")
     started = time.perf_counter()
     plan = plan_stage(model, stage) if plan is None else plan
-    hessians = collect(plan.modules)
-    _check_hessians(plan, hessians)
-    total = sum(layer.sweep_flops for layer in plan.layers)
-    done = 0.0
-    rows: list[LayerReport] = []
-    solutions: dict[str, LayerSolution] = {}
-    for layer in plan.layers:
-        if progress is not None:
-            progress(f"{stage}: {layer.name}", done, total)
-        row, solution = _run_layer(stage, layer, hessians[layer.name], on_failure, store)
-        rows.append(row)
-        if solution is not None:
-            solutions[layer.name] = solution
-        done += layer.sweep_flops
+    run = _StageRun(model, stage, collect, on_failure, progress, store, plan)
+    for group in run.groups():
+        # Solutions of layers that are calibrated on the same model wait until the last of them is found.
+        run.solve(group)
+        run.apply_(group)
     if progress is not None:
-        progress(str(stage), total, total)
-    samples = sum(hessians[plan.layers[0].name].samples)
-    return StageReport(str(stage), rows, plan.skipped, solutions, samples, time.perf_counter() - started)
+        progress(str(stage), run.total, run.total)
+    rows = [_report(stage, layer, run.outcomes[layer.name]) for layer in plan.layers]
+    solutions = {layer.name: found for layer in plan.layers if (found := run.outcomes[layer.name].solution) is not None}
+    return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, time.perf_counter() - started)
 
 
-def _check_hessians(plan: StagePlan, hessians: Mapping[str, Hessian]) -> None:
-    bad = [layer.name for layer in plan.layers if not bool(torch.isfinite(hessians[layer.name].halves).all())]
+class _StageRun:
+    """One stage at work: groups of layers, each calibrated, solved and applied."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stage: Stage,
+        collect: Collect,
+        on_failure: OnFailure,
+        progress: Progress | None,
+        store: LayerStore | None,
+        plan: StagePlan,
+    ) -> None:
+        self.model, self.stage, self.collect, self.plan = model, stage, collect, plan
+        self.on_failure, self.progress, self.store = on_failure, progress, store
+        self.spec = collect.spec if isinstance(collect, Collector) else Calibration()
+        self.dense = DenseWeights()
+        self.outcomes: dict[str, _Outcome] = {}
+        self.total, self.done = sum(layer.sweep_flops for layer in plan.layers), 0.0
+        self.samples = 0
+
+    def groups(self) -> list[list[LayerPlan]]:
+        """Layers that are compressed at once, in the order in which batches reach them."""
+        layers = {layer.name: layer for layer in self.plan.layers}
+        if not self.spec.paired:
+            return [list(layers.values())]
+        for layer in layers.values():
+            check_comparable(layer.module)
+        assert isinstance(self.collect, Collector)
+        order = self.collect.order(self.plan.modules)
+        return grouped([layers[name] for name in order], self.spec, blocks_of(self.model, order))
+
+    def solve(self, group: Sequence[LayerPlan]) -> None:
+        for part in within_memory(group, self.spec):
+            statistics = self._statistics(part)
+            _check_finite(part, statistics)
+            self.samples = sum(statistics[part[0].name].samples)
+            for layer in part:
+                if self.progress is not None:
+                    self.progress(f"{self.stage}: {layer.name}", self.done, self.total)
+                self.outcomes[layer.name] = self._solved(layer, statistics.pop(layer.name))
+                self.done += layer.sweep_flops
+
+    def _statistics(self, part: Sequence[LayerPlan]) -> dict[str, Hessian | PairedHessian]:
+        modules = {layer.name: layer.module for layer in part}
+        if self.spec.paired and isinstance(self.collect, Collector):
+            return dict(self.collect.paired(modules, self.dense))
+        return dict(self.collect(modules))
+
+    def _solved(self, layer: LayerPlan, statistic: Hessian | PairedHessian) -> _Outcome:
+        started, start = time.perf_counter(), None
+        solution = self.store.load(layer.name) if self.store is not None else None
+        try:
+            weight = weight_matrix(layer.module)
+            if isinstance(statistic, PairedHessian):
+                start = recentre(weight, statistic, mixing=self.spec.recentring, damping=_damping(self.stage))
+            if solution is None:
+                solution = self._solution(layer, weight, statistic, start)
+        except Exception as error:
+            return self._kept(error, started)
+        seconds = time.perf_counter() - started
+        return _Outcome(solution, str(solution.status), seconds, None if start is None else start.inherited)
+
+    def _solution(
+        self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None
+    ) -> LayerSolution:
+        channels = layer.shape.channels
+        if isinstance(statistic, PairedHessian):
+            assert start is not None
+            solution = solve_layer(self.stage, start.weight, statistic.hessian, channels)
+            solution = against_before(solution, weight, statistic)
+        else:
+            solution = solve_layer(self.stage, weight, statistic, channels)
+        if self.store is not None:
+            self.store.save(layer.name, solution)
+        return solution
+
+    def _kept(self, error: Exception, started: float) -> _Outcome:
+        # One bad layer must not lose the run; what is not an error of the layer (interrupts) still passes.
+        if self.on_failure == "raise":
+            raise error
+        return _Outcome(None, f"kept: {error}", time.perf_counter() - started)
+
+    def apply_(self, group: Sequence[LayerPlan]) -> None:
+        for layer in group:
+            outcome, started = self.outcomes[layer.name], time.perf_counter()
+            adapter = adapter_for(layer.module)
+            if outcome.solution is None or adapter is None:
+                continue
+            if self.spec.paired:
+                self.dense.keep(layer.module)
+            try:
+                adapter.write_weight_(layer.module, outcome.solution.weight)
+            except Exception as error:
+                self.outcomes[layer.name] = self._kept(error, started)
+
+
+def _damping(stage: Stage) -> float:
+    damping = getattr(stage, "damping", None)
+    return damping if isinstance(damping, (int, float)) else _RECENTRING_DAMPING
+
+
+def _check_finite(part: Sequence[LayerPlan], statistics: Mapping[str, Hessian | PairedHessian]) -> None:
+    bad = [layer.name for layer in part if not _finite(statistics[layer.name])]
     if bad:
         raise NonFiniteError(
             "Calibration statistics hold NaN or Inf",
@@ -131,29 +253,14 @@ def _check_hessians(plan: StagePlan, hessians: Mapping[str, Hessian]) -> None:
         )
 
 
-def _run_layer(
-    stage: Stage, layer: LayerPlan, hessian: Hessian, on_failure: OnFailure, store: LayerStore | None
-) -> tuple[LayerReport, LayerSolution | None]:
-    started = time.perf_counter()
-    adapter = adapter_for(layer.module)
-    assert adapter is not None
-    solution = store.load(layer.name) if store is not None else None
-    try:
-        if solution is None:
-            weight = adapter.weight_matrix(layer.module)
-            solution = solve_layer(stage, weight, hessian, layer.shape.channels)
-            if store is not None:
-                store.save(layer.name, solution)
-        adapter.write_weight_(layer.module, solution.weight)
-    except Exception as error:
-        # One bad layer must not lose the run; what is not an error of the layer (interrupts) still passes.
-        if on_failure == "raise":
-            raise
-        return _report(stage, layer, None, time.perf_counter() - started, f"kept: {error}"), None
-    return _report(stage, layer, solution, time.perf_counter() - started, str(solution.status)), solution
+def _finite(statistic: Hessian | PairedHessian) -> bool:
+    if isinstance(statistic, PairedHessian):
+        return _finite(statistic.hessian) and bool((statistic.cross.isfinite() & statistic.difference.isfinite()).all())
+    return bool(torch.isfinite(statistic.halves).all())
 
 
-def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seconds: float, status: str) -> LayerReport:
+def _report(stage: Stage, layer: LayerPlan, outcome: _Outcome) -> LayerReport:
+    solution = outcome.solution
     weight = weight_matrix(layer.module)
     bits = weight.element_size() * 8
     return LayerReport(
@@ -167,9 +274,10 @@ def _report(stage: Stage, layer: LayerPlan, solution: LayerSolution | None, seco
         damping_loss=0.0 if solution is None else solution.damping_loss,
         relative_error=0.0 if solution is None else solution.relative_error,
         held_out=None if solution is None else solution.status.held_out,
-        status=status,
-        seconds=seconds,
+        status=outcome.status,
+        seconds=outcome.seconds,
         compressed=solution is not None,
+        inherited=outcome.inherited,
     )
 
 
@@ -238,7 +346,7 @@ def compress(
     spec = calibration or Calibration()
     check_schedule(model, stages)
     for stage in stages:
-        plan_stage(model, stage)
+        plan_stage(model, stage, spec)
     source = calibration_batches(batches, spec)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
@@ -251,11 +359,7 @@ def compress(
                 corrections.append(correct_after(model, stage, source, reports, on_failure=on_failure, **options))
                 continue
 
-            def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
-                return collect_hessians(
-                    model, modules, source, forward=forward, rounds=spec.rounds, progress=report_progress
-                )
-
+            collect = Collector(model, source, spec, forward, report_progress)
             reports.append(run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress))
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
     return CompressionReport(model, reports, unsupported_layers(model), figures, corrections)

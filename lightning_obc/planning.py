@@ -19,9 +19,17 @@ from lightning_obc.errors import (
     SpecError,
     UnsupportedLayerError,
 )
-from lightning_obc.layers import LayerAdapter, ProblemShape, adapter_for, reason_unsupported, select_layers
+from lightning_obc.layers import (
+    LayerAdapter,
+    ProblemShape,
+    adapter_for,
+    blocks_of,
+    reason_unsupported,
+    select_layers,
+)
 from lightning_obc.obs.prune import check_fit
-from lightning_obc.specs import Prune, Quantize, Stage
+from lightning_obc.obs.speed import sweep_flops
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 
 
 @dataclass(frozen=True)
@@ -39,16 +47,26 @@ class LayerPlan:
     @property
     def sweep_flops(self) -> float:
         """⅔·R·d³ per problem, the cost of a full elimination."""
-        return 2 / 3 * self.shape.groups * self.shape.rows * float(self.shape.columns) ** 3
+        return sweep_flops(self.shape.groups, self.shape.rows, self.shape.columns)
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What a stage will do, found out before anything is calibrated or changed."""
+    """What a stage will do, found out before anything is calibrated or changed.
+
+    Attributes:
+        stage: The stage.
+        layers: What it will compress.
+        skipped: Layers that it will leave as they are, with the reason.
+        calibration: How its statistics will be collected.
+        blocks: Names of the layers by block of the network.
+    """
 
     stage: Stage
     layers: list[LayerPlan]
     skipped: dict[str, str]
+    calibration: Calibration = field(default_factory=Calibration)
+    blocks: Sequence[Sequence[str]] = ()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -58,16 +76,33 @@ class StagePlan:
     def hessian_bytes(self) -> int:
         return sum(layer.hessian_bytes for layer in self.layers)
 
+    @property
+    def together(self) -> list[list[LayerPlan]]:
+        """Layers that are compressed at once, from statistics of the same model; in module order as far as the plan
+        can tell (a run takes the order in which batches reach them)."""
+        return grouped(self.layers, self.calibration, self.blocks)
+
+    @property
+    def passes(self) -> list[list[LayerPlan]]:
+        """Layers whose statistics are collected in one pass over the calibration data."""
+        return [part for group in self.together for part in within_memory(group, self.calibration)]
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Memory of the statistics that live at once, at most."""
+        return max((sum(statistic_bytes(x, self.calibration) for x in part) for part in self.passes), default=0)
+
     def __str__(self) -> str:
         from lightning_obc.report import render
 
         if isinstance(self.stage, Correct):
             return f"Plan of {self.stage}: no Hessians"
-        columns = ("layer", "type", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
+        columns = ("layer", "type", "adapter", "problems × rows × columns", "Hessian [MiB]", "sweep [Gflop]")
         rows = [
             [
                 layer.name,
                 type(layer.module).__name__,
+                type(_adapter(layer.module)).__name__.removesuffix("Adapter"),
                 f"{layer.shape.groups} × {layer.shape.rows} × {layer.shape.columns}",
                 f"{layer.hessian_bytes / 2**20:.2f}",
                 f"{layer.sweep_flops / 1e9:.2f}",
@@ -76,11 +111,69 @@ class StagePlan:
         ]
         title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
         left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
-        return "\n".join([render(title, columns, rows), *left])
+        return "\n".join([render(title, columns, rows), *self._notes(), *left])
+
+    def _notes(self) -> list[str]:
+        spec, limit = self.calibration, self.calibration.memory_bytes
+        if not spec.paired and limit is None:
+            return []
+        how = f"{spec.mode}, {len(self.passes)} calibration passes"
+        if spec.paired:
+            how += f" in {len(self.together)} groups ({spec.together}), each through the model before and after"
+        notes = [f"calibration: {how}, at most {self.statistics_bytes / 2**20:.2f} MiB of statistics at once"]
+        large = [layer.name for layer in self.layers if limit is not None and statistic_bytes(layer, spec) > limit]
+        return [*notes, f"larger alone than the memory limit: {', '.join(large)}"] if large else notes
 
 
-def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
+def statistic_bytes(layer: LayerPlan, spec: Calibration) -> int:
+    """Memory of a layer's statistic: two halves; beside compressed layers also the cross product and the difference."""
+    return layer.hessian_bytes * (2 if spec.paired else 1)
+
+
+def grouped(layers: Sequence[LayerPlan], spec: Calibration, blocks: Sequence[Sequence[str]]) -> list[list[LayerPlan]]:
+    """Layers that are compressed at once.
+
+    Args:
+        layers: The layers, in their order.
+        spec: Says what belongs together.
+        blocks: Names by block of the network, in the order of the blocks.
+    """
+    if not spec.paired or spec.together == "all":
+        return [list(layers)]
+    if spec.together == "layer":
+        return [[layer] for layer in layers]
+    by_name = {layer.name: layer for layer in layers}
+    return [[by_name[name] for name in block] for block in blocks]
+
+
+def within_memory(layers: Sequence[LayerPlan], spec: Calibration) -> list[list[LayerPlan]]:
+    """Parts of a group whose statistics fit the memory limit together: the largest layer first, into the first part
+    that has room. A layer that is too large alone is a part of its own."""
+    limit = spec.memory_bytes
+    if limit is None:
+        return [list(layers)]
+    parts: list[list[LayerPlan]] = []
+    room: list[int] = []
+    for layer in sorted(layers, key=lambda x: -x.hessian_bytes):
+        size = statistic_bytes(layer, spec)
+        index = next((i for i, left in enumerate(room) if size <= left), None)
+        if index is None:
+            parts.append([layer])
+            room.append(limit - size)
+        else:
+            parts[index].append(layer)
+            room[index] -= size
+    position = {layer.name: i for i, layer in enumerate(layers)}
+    return [sorted(part, key=lambda x: position[x.name]) for part in parts]
+
+
+def plan_stage(model: nn.Module, stage: Stage, calibration: Calibration | None = None) -> StagePlan:
     """Select the layers of a stage and check everything that can be checked without data.
+
+    Args:
+        model: The model.
+        stage: The stage.
+        calibration: How its statistics will be collected; None means ``Calibration()``.
 
     Raises:
         LayerNotFoundError: A name, glob or type that matches nothing.
@@ -89,7 +182,7 @@ def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
     """
     if isinstance(stage, Correct):
         check_correction(model, stage)
-        return StagePlan(stage, [], {})
+        return StagePlan(stage, [], {}, calibration or Calibration())
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     misfits: dict[str, PatternError] = {}
@@ -114,7 +207,8 @@ def plan_stage(model: nn.Module, stage: Stage) -> StagePlan:
             remedy="choose other layers, another pattern or misfit",
         )
     _check_weights(layers)
-    return StagePlan(stage, layers, skipped)
+    blocks = blocks_of(model, [layer.name for layer in layers])
+    return StagePlan(stage, layers, skipped, calibration or Calibration(), blocks)
 
 
 def _check_weights(layers: Sequence[LayerPlan]) -> None:

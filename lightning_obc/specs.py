@@ -7,6 +7,7 @@ from abc import ABC
 from dataclasses import dataclass, field, replace
 from typing import Literal, Union
 
+from lightning_obc.calibration_spec import Calibration as Calibration
 from lightning_obc.errors import SpecError
 from lightning_obc.schedules import At, Gradual, check_at, times
 from lightning_obc.solvers import PruneSolver, QuantizeSolver, Refine, check_solver, parse_refine
@@ -204,31 +205,6 @@ class IntGrid:
 def parse_grid(value: Union[int, IntGrid]) -> IntGrid:
     """``4`` is ``IntGrid(4)``."""
     return value if isinstance(value, IntGrid) else IntGrid(value)
-
-
-# ------------------------------------------------------------------------------------------ calibration
-@dataclass(frozen=True)
-class Calibration:
-    """How the calibration data is drawn.
-
-    Args:
-        samples: Number of training samples (images or sequences). The paper uses 1024.
-        rounds: Passes over the same samples; more than one pays only with random augmentation (paper: 10).
-        batch_size: Samples per forward pass; ``None`` keeps the loader's own.
-        seed: Seed of the choice of samples and of the augmentation.
-    """
-
-    samples: int = 1024
-    rounds: int = 1
-    batch_size: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "rounds"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"Calibration.{name} is too small", got=getattr(self, name), expected="at least 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SpecError("Calibration.batch_size is too small", got=self.batch_size, expected="at least 1")
 
 
 # ----------------------------------------------------------------------------------------------- stages

@@ -47,6 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": LEAVES | {"layers", "obs"},
     "metrics": LEAVES | {"layers", "obs"},
     "planning": LEAVES | {"layers", "calibration", "obs", "report", "correction"},
+    "forecast": LEAVES | {"planning", "layers", "calibration", "obs"},
     "pipeline": LEAVES
     | {
         "planning",
@@ -63,6 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": LEAVES
     | {
         "planning",
+        "forecast",
         "pipeline",
         "metrics",
         "report",
@@ -73,7 +75,7 @@ ALLOWED: dict[str, set[str]] = {
         "activations",
         "obs",
     },
-    "cli": LEAVES | {"planning", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
+    "cli": LEAVES | {"planning", "forecast", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
 }
 HEAVY_OWNERS = {"lightning": {"callbacks", "cli"}, "torchmetrics": {"metrics", "callbacks"}}
 

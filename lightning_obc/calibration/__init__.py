@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device
 from lightning_obc.calibration.collect import collect_hessians
+from lightning_obc.calibration.collector import Collector
+from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.isolation import eager_forward, undisturbed
+from lightning_obc.calibration.paired import PairedAccumulator, check_comparable, collect_paired
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
 from lightning_obc.calibration.statistic import HessianAccumulator
 
 __all__ = [
     "CalibrationBatches",
+    "Collector",
+    "DenseWeights",
     "HessianAccumulator",
+    "PairedAccumulator",
     "batch_size_of",
     "calibration_batches",
     "call_forward",
+    "check_comparable",
     "collect_hessians",
+    "collect_paired",
     "eager_forward",
     "preserved_rng",
     "to_device",

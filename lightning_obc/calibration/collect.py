@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device, token_mask_of
-from lightning_obc.calibration.functional import FunctionalCalls
-from lightning_obc.calibration.isolation import eager_forward, undisturbed
-from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.calibration.inputs import LayerInputs
+from lightning_obc.calibration.isolation import eager_forward as eager_forward
+from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.isolation import undisturbed as undisturbed
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError
 from lightning_obc.hessian import Hessian
-from lightning_obc.layers import adapter_for, sharing_modules
 
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[str, float, float], None]
+Accumulator = TypeVar("Accumulator", bound=HessianAccumulator)
 
 
 def collect_hessians(
@@ -64,48 +64,40 @@ def collect_hessians(
         LayerNotReachedError: No batch passed through some layer.
         NonFiniteError: NaN or Inf in the input of a layer.
     """
-    target = torch.device(device) if device is not None else None if forward else _device_of(model)
-    run = forward or call_forward
-    gathering = _Pass(layers)
-    with ExitStack() as stack:
-        for context in (preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad()):
-            stack.enter_context(context)
-        for name, others in sharing_modules(model, layers).items():
-            for module in (layers[name], *others):
-                stack.callback(gathering.attach(name, module).remove)
+    run = batch_runner(model, forward, device)
+    gathering = Gathering({name: HessianAccumulator(module, name=name) for name, module in layers.items()})
+    inputs = LayerInputs(layers, gathering.update)
+    with traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
-            with gathering.functional_calls:
-                run(model, batch if target is None else to_device(batch, target))
+            with inputs.one_batch():
+                run(batch)
             gathering.check_finite()
             if progress is not None:
-                progress("calibration", done, _length(batches, rounds))
-    return gathering.finalise()
+                progress("calibration", done, count_batches(batches, rounds))
+    gathering.check_reached()
+    # One layer after the other is released, so that all layers never exist twice.
+    return {name: gathering.statistics.pop(name).release() for name in layers}
 
 
-class _Pass:
+def batch_runner(
+    model: nn.Module, forward: Forward | None, device: torch.device | str | None = None
+) -> Callable[[Any], Any]:
+    """A function that sends one batch through the model, as :func:`collect_hessians` describes."""
+    target = torch.device(device) if device is not None else None if forward else _device_of(model)
+    run = forward or call_forward
+    return lambda batch: run(model, batch if target is None else to_device(batch, target))
+
+
+class Gathering(Generic[Accumulator]):
     """The statistics of all layers while batches go through the model."""
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self.layers = layers
-        self.statistics = {name: HessianAccumulator(module, name=name) for name, module in layers.items()}
+    def __init__(self, statistics: dict[str, Accumulator]) -> None:
+        self.statistics = statistics
         self.reached: set[str] = set()
-        self.functional_calls = FunctionalCalls(layers, self._called_functionally)
 
-    def attach(self, name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        statistic = self.statistics[name]
-        adapter = adapter_for(module) or statistic.adapter
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.reached.add(name)
-            self.functional_calls.module_called(name)
-            statistic.update(adapter.inputs(module, args, kwargs), module)
-
-        return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
-
-    def _called_functionally(self, name: str, x: Tensor) -> None:
+    def update(self, name: str, module: nn.Module, x: Tensor) -> None:
         self.reached.add(name)
-        statistic = self.statistics[name]
-        statistic.update(statistic.adapter.inputs(self.layers[name], (x,), {}))
+        self.statistics[name].update(x, module)
 
     def numbered(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
         """The batches of all rounds, counted in every statistic before they are handed out."""
@@ -129,7 +121,7 @@ class _Pass:
             for statistic in self.statistics.values():
                 statistic.raise_if_not_finite()
 
-    def finalise(self) -> dict[str, Hessian]:
+    def check_reached(self) -> None:
         missing = [name for name in self.statistics if name not in self.reached]
         if missing:
             raise LayerNotReachedError(
@@ -138,8 +130,6 @@ class _Pass:
                 expected="every selected layer to be called in the forward pass",
                 remedy="exclude them, or give the model a calibration_step that calls them",
             )
-        # One layer after the other is released, so that all layers never exist twice.
-        return {name: self.statistics.pop(name).finalise() for name in self.layers}
 
 
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
@@ -158,7 +148,8 @@ def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
     )
 
 
-def _length(batches: Iterable[Any], rounds: int) -> int:
+def count_batches(batches: Iterable[Any], rounds: int) -> int:
+    """Batches of all rounds, or 0 when that is not known."""
     try:
         return len(batches) * rounds  # type: ignore[arg-type]
     except TypeError:

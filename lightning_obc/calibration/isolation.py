@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from lightning_obc.calibration.rng import preserved_rng
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -52,3 +54,12 @@ def eager_forward() -> Iterator[None]:
             yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@contextmanager
+def traceless(model: nn.Module) -> Iterator[None]:
+    """A pass without gradients that leaves modes, buffers and random states as they were."""
+    with ExitStack() as stack:
+        for context in (preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad()):
+            stack.enter_context(context)
+        yield

@@ -82,9 +82,7 @@ class HessianAccumulator:
             UnsupportedLayerError: The other module sees the weight as a problem of another shape.
         """
         module = self._module if module is None else module
-        adapter = self._adapter_of(module)
-        if self._token_mask is not None:
-            x = adapter.without_padding(module, x, self._token_mask.to(x.device))
+        adapter, x = self._adapter_of(module), self._without_padding(x, module)
         leading, size = x.shape[0], self._batch_size
         if size > 0 and leading % size == 0:
             by_sample = x.reshape(size, leading // size, *x.shape[1:])
@@ -94,6 +92,11 @@ class HessianAccumulator:
                     adapter.accumulate_(module, self.sums[parity], part.flatten(0, 1))
         else:
             adapter.accumulate_(module, self.sums[self.batch_index % 2], x)
+
+    def _without_padding(self, x: Tensor, module: nn.Module) -> Tensor:
+        if self._token_mask is None:
+            return x
+        return self._adapter_of(module).without_padding(module, x, self._token_mask.to(x.device))
 
     def _adapter_of(self, module: nn.Module) -> LayerAdapter:
         adapter = adapter_for(module)
@@ -141,4 +144,18 @@ class HessianAccumulator:
         """
         self.raise_if_not_finite()
         with torch.inference_mode(False):
-            return Hessian(symmetrise_(self.sums.clone()), (self.samples[0], self.samples[1]))
+            return Hessian(symmetrise_(self.sums.clone()), self._counts)
+
+    def release(self) -> Hessian:
+        """The statistic without a copy of the sums; the accumulator must not be used afterwards.
+
+        Raises:
+            NonFiniteError: NaN or Inf has come in.
+        """
+        self.raise_if_not_finite()
+        with torch.inference_mode(False):
+            return Hessian(symmetrise_(self.sums), self._counts)
+
+    @property
+    def _counts(self) -> tuple[int, int]:
+        return self.samples[0], self.samples[1]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_obc.calibration import calibration_batches, call_forward, collect_hessians
+from lightning_obc.calibration import Collector, calibration_batches, call_forward
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.errors import ScheduleError
-from lightning_obc.hessian import Hessian
 from lightning_obc.layers import select_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
@@ -53,18 +52,13 @@ def _layers(module: nn.Module, stages: Sequence[Stage]) -> set[str]:
     return {name for stage in stages for name in select_layers(module, stage.layers, stage.exclude)}
 
 
-def collector(
-    trainer: Trainer, module: LightningModule, spec: Calibration, display: Display
-) -> Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]:
-    """A function that collects Hessians from the trainer's calibration data, the way training sees it."""
+def collector(trainer: Trainer, module: LightningModule, spec: Calibration, display: Display) -> Collector:
+    """Collects statistics from the trainer's calibration data, the way training sees it."""
 
     def forward(model: nn.Module, batch: Any) -> Any:
         batch = compat.to_device(trainer, batch)
         with trainer.precision_plugin.forward_context():
             return call_forward(model, batch)
 
-    def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
-        batches = calibration_batches(compat.calibration_source(trainer), spec)
-        return collect_hessians(module, modules, batches, forward=forward, rounds=spec.rounds, progress=display.update)
-
-    return collect
+    batches = calibration_batches(compat.calibration_source(trainer), spec)
+    return Collector(module, batches, spec, forward=forward, progress=display.update)

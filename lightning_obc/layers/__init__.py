@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
+from lightning_obc.layers.blocks import blocks_of
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 from lightning_obc.layers.registry import (
     adapter_for,
@@ -20,6 +21,7 @@ __all__ = [
     "PartAdapter",
     "ProblemShape",
     "adapter_for",
+    "blocks_of",
     "normalise_name",
     "parts_of",
     "reason_unsupported",

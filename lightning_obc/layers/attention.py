@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_obc.kernels.hessian_update import accumulate_linear_, ieee_float32, symmetrise_
+from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accumulate_linear_, ieee_float32, symmetrise_
 from lightning_obc.layers.base import ProblemShape
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 
@@ -69,6 +69,9 @@ class ProjectionAdapter(PartAdapter):
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
 
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
+
 
 class OutputProjectionAdapter(ProjectionAdapter):
     """The output projection. What it receives is what the attention returns with the identity in its place."""
@@ -124,3 +127,9 @@ class PackedProjectionAdapter(PartAdapter):
         product = out.new_zeros(1, *out.shape[1:])
         accumulate_linear_(product, x.flatten(0, -3))
         out.add_(symmetrise_(product))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        target = out if a.shape[-2] == 3 else out.new_zeros(1, *out.shape[1:])
+        accumulate_cross_linear_(target, a.flatten(0, -3), b.flatten(0, -3))
+        if target is not out:
+            out.add_(target)

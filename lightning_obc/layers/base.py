@@ -86,6 +86,20 @@ class LayerAdapter(ABC):
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         """Add ``Σ x xᵀ`` of a normalised input to the upper triangle of ``out`` ``[g, d, d]`` float64."""
 
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        """Add ``Σ a bᵀ`` of two normalised inputs to ``out`` ``[g, d, d]`` float64, all of it.
+
+        Raises:
+            UnsupportedLayerError: The adapter does not implement it; only calibration modes that compare a layer's
+                inputs before and after compression need it.
+        """
+        raise UnsupportedLayerError(
+            f"The adapter of a {type(module).__name__} cannot compare its inputs before and after compression",
+            got=f"{type(self).__name__} without accumulate_cross_",
+            expected="an adapter that implements it",
+            remedy='use Calibration(mode="independent"), exclude the layer, or implement accumulate_cross_',
+        )
+
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The layer's input tensor among the arguments of its forward pass, normalised.
 

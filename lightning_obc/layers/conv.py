@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_obc.kernels.hessian_update import ConvGeometry, accumulate_conv_
+from lightning_obc.kernels.hessian_update import ConvGeometry, accumulate_conv_, accumulate_cross_conv_
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
 
 _PADDING_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
@@ -35,6 +35,9 @@ class ConvAdapter(LayerAdapter):
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_conv_(out, x, conv_geometry(module))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_conv_(out, a, b, conv_geometry(module))
 
 
 def _groups(module: nn.Module) -> int:
@@ -104,6 +107,9 @@ class ConvTransposeAdapter(LayerAdapter):
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_conv_(out, x, _conv_of_stuffed(module))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_conv_(out, a, b, _conv_of_stuffed(module))
 
 
 def _conv_of_stuffed(module: Any) -> ConvGeometry:

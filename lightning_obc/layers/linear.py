@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_obc.kernels.hessian_update import accumulate_linear_
+from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accumulate_linear_
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
 
 
@@ -32,6 +32,9 @@ class LinearAdapter(LayerAdapter):
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
 
 
 class TransposedLinearAdapter(LinearAdapter):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_obc.kernels.hessian_update import accumulate_linear_
+from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accumulate_linear_
 from lightning_obc.layers.base import ProblemShape
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 
@@ -74,6 +74,9 @@ class RecurrentAdapter(PartAdapter):
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
 
 
 def _dense(owner: Any, x: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:

@@ -32,6 +32,10 @@ class LayerReport:
         status: ``"ok"``, or everything out of the ordinary; ``"kept: …"`` for a layer that could not be solved.
         seconds: Wall time of the solve.
         compressed: False when the layer keeps the weights it had.
+        inherited: Of ``loss``, what the layer's weights had to start from before any of them was pruned or rounded:
+            the error of the inputs behind compressed layers that moving the weights did not repair. None where the
+            calibration is independent. ``loss`` and ``relative_error`` are then against the layer's output in the
+            model before this stage, inherited error included.
     """
 
     name: str
@@ -47,6 +51,7 @@ class LayerReport:
     status: str
     seconds: float
     compressed: bool
+    inherited: float | None = None
 
 
 @dataclass(frozen=True)

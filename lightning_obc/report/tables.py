@@ -33,6 +33,9 @@ def stage_table(stage: StageReport) -> str:
     rows = [layer_cells(layer) for layer in stage.layers]
     title = f"{stage.stage}: {len(stage.layers)} layers, {stage.samples} calibration samples, {stage.seconds:.1f} s"
     note = f"loss: squared output error per sample, against the weights before this stage; sum {stage.loss:.4g}"
+    inherited = [layer.inherited for layer in stage.layers if layer.compressed and layer.inherited is not None]
+    if inherited:
+        note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
     left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
     return "\n".join([render(title, COLUMNS, rows), note, *left])
 

@@ -7,6 +7,7 @@ float32 products of at most about a thousand positions, added in float64. They r
 from __future__ import annotations
 
 from lightning_obc.kernels.hessian_update.conv import accumulate_conv_
+from lightning_obc.kernels.hessian_update.cross import accumulate_cross_conv_, accumulate_cross_linear_
 from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import accumulate_linear_, symmetrise_
 from lightning_obc.kernels.hessian_update.naive import naive_conv, naive_linear
@@ -15,6 +16,8 @@ from lightning_obc.kernels.hessian_update.precision import exact_products, ieee_
 __all__ = [
     "ConvGeometry",
     "accumulate_conv_",
+    "accumulate_cross_conv_",
+    "accumulate_cross_linear_",
     "accumulate_linear_",
     "exact_products",
     "ieee_float32",

@@ -46,11 +46,11 @@ def accumulate_conv_(out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
         if rows_pay(x, geometry):
             accumulate_rows_(out, x, geometry)
             return
-        for patches in _patches(x, geometry):
+        for patches in conv_patches(x, geometry):
             add_products_(out, patches)
 
 
-def _patches(x: Tensor, geometry: ConvGeometry) -> Iterator[Tensor]:
+def conv_patches(x: Tensor, geometry: ConvGeometry) -> Iterator[Tensor]:
     """Patches ``[n, g, d]`` of about ``CHUNK`` positions each: several small images, or strips of a large one."""
     sizes = geometry.output_size(geometry.padded_size(x.shape[2:]))
     images = max(1, CHUNK // math.prod(sizes))

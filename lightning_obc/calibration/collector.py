@@ -1,0 +1,87 @@
+"""All that a run asks of calibration data: Hessians, paired statistics, and the order of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_obc.calibration.collect import Forward, Progress, batch_runner, collect_hessians
+from lightning_obc.calibration.dense import DenseWeights
+from lightning_obc.calibration.inputs import LayerInputs
+from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.paired import collect_paired
+from lightning_obc.errors import CalibrationError, EmptyCalibrationError
+from lightning_obc.hessian import Hessian, PairedHessian
+from lightning_obc.specs import Calibration
+
+
+@dataclass
+class Collector:
+    """Collects statistics of one model, in as many passes as it is asked for.
+
+    Attributes:
+        model: The model.
+        batches: The batches of one pass; re-iterable when there is more than one pass.
+        spec: Rounds, mode and memory.
+        forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
+        progress: Called as ``progress(description, completed, total)``.
+        passes: Passes so far.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    spec: Calibration
+    forward: Forward | None = None
+    progress: Progress | None = None
+    passes: int = 0
+
+    def __call__(self, layers: Mapping[str, nn.Module]) -> dict[str, Hessian]:
+        """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
+        return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **self._options))
+
+    def paired(self, layers: Mapping[str, nn.Module], dense: DenseWeights) -> dict[str, PairedHessian]:
+        """Paired statistics, as :func:`~lightning_obc.calibration.paired.collect_paired`."""
+        return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **self._options))
+
+    def order(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        """Names of the layers in the order in which the first batch reaches them; those that it misses come last."""
+        return self._counted(lambda batches: _order(self.model, layers, batches, self.forward))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"forward": self.forward, "rounds": self.spec.rounds, "progress": self.progress}
+
+    def _counted(self, run: Callable[[Iterable[Any]], Any]) -> Any:
+        self.passes += 1
+        try:
+            return run(self.batches)
+        except EmptyCalibrationError as error:
+            if self.passes == 1:
+                raise
+            raise CalibrationError(
+                "The calibration data can be iterated only once",
+                got=f"no batch in pass {self.passes}",
+                expected=f"the same batches in every pass, as {self.spec} needs them",
+                remedy="pass a list or a DataLoader instead of an iterator",
+            ) from error
+
+
+def _order(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
+) -> list[str]:
+    seen: dict[str, None] = {}
+
+    def receive(name: str, module: nn.Module, x: Tensor) -> None:
+        seen.setdefault(name)
+
+    run, inputs = batch_runner(model, forward), LayerInputs(layers, receive)
+    with traceless(model), inputs.watched(model), inputs.one_batch():
+        for batch in batches:
+            run(batch)
+            break
+        else:
+            raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
+    return [*seen, *(name for name in layers if name not in seen)]

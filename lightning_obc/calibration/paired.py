@@ -1,0 +1,159 @@
+"""Statistics of layers behind compressed layers, beside what they saw before: both from the same batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.calibration.collect import Forward, Gathering, Progress, batch_runner, count_batches
+from lightning_obc.calibration.dense import DenseWeights
+from lightning_obc.calibration.inputs import LayerInputs
+from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.calibration.statistic import HessianAccumulator
+from lightning_obc.errors import LayerNotReachedError, ShapeError
+from lightning_obc.hessian import PairedHessian
+from lightning_obc.kernels.hessian_update import symmetrise_
+from lightning_obc.layers import LayerAdapter, adapter_for
+
+
+class PairedAccumulator(HessianAccumulator):
+    """Also the float64 sums ``Σ (x - x') x'ᵀ`` and ``Σ (x - x') (x - x')ᵀ`` over all samples, ``[g, d, d]`` each.
+
+    ``x'`` are the inputs behind compressed layers, which the halves of the statistic hold; ``x`` those before.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None) -> None:
+        super().__init__(module, name=name, device=device)
+        with torch.inference_mode(False):
+            self.cross = torch.zeros_like(self.sums[0])
+            self.difference = torch.zeros_like(self.sums[0])
+
+    @torch.no_grad()
+    def update_pair(self, before: Tensor, x: Tensor, module: nn.Module | None = None) -> None:
+        """Add the inputs of one call of the layer before and behind compressed layers.
+
+        Raises:
+            ShapeError: They differ in shape.
+            UnsupportedLayerError: As :meth:`update`, or the adapter cannot compare inputs.
+        """
+        if before.shape != x.shape:
+            raise ShapeError(
+                f"Layer {self.name!r} has an input of another shape than before the compression",
+                got=tuple(x.shape),
+                expected=str(tuple(before.shape)),
+                remedy="exclude layers whose inputs are chosen by earlier outputs, such as heads behind proposals",
+            )
+        module = self._module if module is None else module
+        self.update(x, module)
+        adapter = self._adapter_of(module)
+        x, before = self._without_padding(x, module), self._without_padding(before, module)
+        x = x if x.dtype == torch.float64 else x.float()
+        change = before.to(x.dtype) - x
+        adapter.accumulate_(module, self.difference, change)
+        adapter.accumulate_cross_(module, self.cross, change, x)
+
+    def finite(self) -> Tensor:
+        return super().finite() & self.difference.diagonal(dim1=-2, dim2=-1).isfinite().all()
+
+    def release_pair(self) -> PairedHessian:
+        """The statistic without copies of the sums; the accumulator must not be used afterwards.
+
+        Raises:
+            NonFiniteError: NaN or Inf has come in.
+        """
+        hessian, scale = self.release(), 2.0 / max(sum(self.samples), 1)
+        with torch.inference_mode(False):
+            return PairedHessian(hessian, self.cross.mul_(scale), symmetrise_(self.difference).mul_(scale))
+
+
+def check_comparable(module: nn.Module) -> None:
+    """Raise UnsupportedLayerError when the adapter of a layer cannot compare inputs before and after compression."""
+    adapter = adapter_for(module)
+    if adapter is not None and type(adapter).accumulate_cross_ is LayerAdapter.accumulate_cross_:
+        empty = torch.zeros(0)
+        adapter.accumulate_cross_(module, empty, empty, empty)
+
+
+def collect_paired(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    dense: DenseWeights,
+    *,
+    forward: Forward | None = None,
+    rounds: int = 1,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, PairedHessian]:
+    """Statistics of layers in a model that is compressed in part.
+
+    Every batch goes through the model twice, from the same random state: with the weights in ``dense``, then as the
+    model is. Arguments, what is left behind and errors are those of
+    :func:`~lightning_obc.calibration.collect_hessians`.
+
+    Args:
+        model: The model; its weights are afterwards what they were.
+        layers: Layers by name.
+        batches: Batches.
+        dense: The weights of what has been compressed so far.
+        forward: ``forward(model, batch)`` runs one batch.
+        rounds: Passes over the batches.
+        device: Batches are moved there.
+        progress: Called as ``progress(description, batches done, batches in all)``.
+
+    Raises:
+        ShapeError: The input of a layer changes its shape when earlier layers are compressed.
+    """
+    run = batch_runner(model, forward, device)
+    gathering = _Pairs({name: PairedAccumulator(module, name=name) for name, module in layers.items()})
+    inputs = LayerInputs(layers, gathering.receive)
+    with traceless(model), inputs.watched(model):
+        for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
+            gathering.recording = True
+            with dense.restored(), preserved_rng(), inputs.one_batch():
+                run(batch)
+            gathering.recording = False
+            with inputs.one_batch():
+                run(batch)
+            gathering.check_calls()
+            gathering.check_finite()
+            if progress is not None:
+                progress("calibration", done, count_batches(batches, rounds))
+    gathering.check_reached()
+    return {name: gathering.statistics.pop(name).release_pair() for name in layers}
+
+
+class _Pairs(Gathering[PairedAccumulator]):
+    """Inputs of the first pass wait for those of the second, call by call."""
+
+    def __init__(self, statistics: dict[str, PairedAccumulator]) -> None:
+        super().__init__(statistics)
+        self.recording = False
+        self._waiting: dict[str, list[Tensor]] = {name: [] for name in statistics}
+
+    def receive(self, name: str, module: nn.Module, x: Tensor) -> None:
+        self.reached.add(name)
+        if self.recording:
+            # A copy: what follows the layer may work in place on its input.
+            self._waiting[name].append(x.clone())
+        elif not self._waiting[name]:
+            raise self._other_calls(name, "more calls")
+        else:
+            self.statistics[name].update_pair(self._waiting[name].pop(0), x, module)
+
+    def check_calls(self) -> None:
+        left = next((name for name, inputs in self._waiting.items() if inputs), None)
+        if left is not None:
+            raise self._other_calls(left, "fewer calls")
+
+    def _other_calls(self, name: str, got: str) -> LayerNotReachedError:
+        return LayerNotReachedError(
+            f"Layer {name!r} is not called as often as before the compression",
+            got=got,
+            expected="the same calls on the same batch",
+            remedy='exclude it, or use Calibration(mode="independent")',
+        )

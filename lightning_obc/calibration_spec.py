@@ -1,0 +1,111 @@
+"""How calibration data is drawn and used. Frozen, validated, plain enough for YAML."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Union, get_args
+
+from lightning_obc.errors import SpecError
+
+CalibrationMode = Literal["independent", "sequential", "asymmetric"]
+Together = Literal["layer", "block", "all"]
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the calibration data is drawn, and what the statistics of a layer come from.
+
+    Args:
+        samples: Number of training samples (images or sequences). The paper uses 1024.
+        rounds: Passes over the same samples; more than one pays only with random augmentation (paper: 10).
+        batch_size: Samples per forward pass; ``None`` keeps the loader's own.
+        seed: Seed of the choice of samples and of the augmentation.
+        mode: Which inputs a layer is solved for. ``"independent"`` (the paper): those of the model as it was before
+            the stage, for all layers. ``"sequential"``: those that come from the layers already compressed.
+            ``"asymmetric"``: as sequential, and the layer's weights are first moved to where they make the outputs of
+            the model before the stage from these inputs.
+        mixing: How far ``"asymmetric"`` moves the weights: 1 all the way, towards 0 less. Few calibration samples
+            can make less better.
+        together: What ``"sequential"`` and ``"asymmetric"`` compress at once, before they calibrate again: a
+            ``"layer"``, a ``"block"`` (an element of a ``Sequential`` or ``ModuleList``), or ``"all"`` layers, which
+            is what ``"independent"`` means.
+        memory: Bytes for the statistics that live at once, as a number or with a unit (``"2 GiB"``). Layers that do
+            not fit together are calibrated in several passes, with the same result. ``None`` sets no limit.
+    """
+
+    samples: int = 1024
+    rounds: int = 1
+    batch_size: int | None = None
+    seed: int = 0
+    mode: CalibrationMode = "independent"
+    mixing: float = 1.0
+    together: Together = "layer"
+    memory: Union[int, str, None] = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "rounds"):
+            if getattr(self, name) < 1:
+                raise SpecError(f"Calibration.{name} is too small", got=getattr(self, name), expected="at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise SpecError("Calibration.batch_size is too small", got=self.batch_size, expected="at least 1")
+        for name, value, allowed in (
+            ("mode", self.mode, get_args(CalibrationMode)),
+            ("together", self.together, get_args(Together)),
+        ):
+            if value not in allowed:
+                raise SpecError(f"Calibration.{name} is unknown", got=repr(value), expected=f"one of {allowed}")
+        self._check_mixing()
+        parse_bytes(self.memory)
+
+    def _check_mixing(self) -> None:
+        if not 0 < self.mixing <= 1:
+            raise SpecError(
+                "Calibration.mixing is not possible",
+                got=self.mixing,
+                expected="0 < mixing <= 1",
+                remedy='mode="sequential" does not move the weights at all',
+            )
+        if self.mixing != 1 and self.mode != "asymmetric":
+            raise SpecError(
+                "Calibration.mixing says how far the asymmetric mode goes",
+                got=f"mixing={self.mixing} with mode={self.mode!r}",
+                expected='mode="asymmetric"',
+            )
+
+    @property
+    def paired(self) -> bool:
+        """True when the inputs of a layer depend on the layers compressed before it."""
+        return self.mode != "independent"
+
+    @property
+    def recentring(self) -> float:
+        """α of ``W + α·W·D·(H' + λ̄I)⁻¹``: ``mixing`` in the asymmetric mode, otherwise 0."""
+        return self.mixing if self.mode == "asymmetric" else 0.0
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """``memory`` in bytes."""
+        return parse_bytes(self.memory)
+
+
+def parse_bytes(value: Union[int, str, None]) -> int | None:
+    """``"2 GiB"`` is ``2 * 2**30``; units are B, KB, MB, GB, KiB, MiB and GiB, in any case.
+
+    Raises:
+        SpecError: Not a positive number of bytes.
+    """
+    if value is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([A-Za-z]*)\s*", str(value))
+    unit = None if match is None or isinstance(value, bool) else _UNITS.get(match.group(2).upper())
+    size = 0 if match is None or unit is None else int(float(match.group(1)) * unit)
+    if size < 1:
+        raise SpecError(
+            "Calibration.memory is not an amount of memory",
+            got=repr(value),
+            expected='a positive number of bytes, also with a unit such as "500 MiB"',
+        )
+    return size

@@ -1,0 +1,201 @@
+"""What a recipe will do to a model and what it will cost, found out before anything is changed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_obc.calibration import Collector, DenseWeights, batch_size_of
+from lightning_obc.errors import LayerNotFoundError
+from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
+from lightning_obc.obs.speed import measured_speed
+from lightning_obc.planning import StagePlan, check_schedule, plan_stage
+from lightning_obc.solvers import parse_refine
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage of a plan, and its cost.
+
+    Attributes:
+        plan: Layers, shapes, what is skipped, calibration passes and the memory of their statistics.
+        flops: Floating point operations of the sweeps; 0 where the stage sweeps nothing.
+        solve_seconds: ``flops`` at the measured speed; None where the stage has another solver.
+        calibration_seconds: Time of one batch through all passes, times the batches; None when there was no batch.
+    """
+
+    plan: StagePlan
+    flops: float
+    solve_seconds: float | None
+    calibration_seconds: float | None
+
+    def __str__(self) -> str:
+        if not self.plan.layers:
+            return str(self.plan)
+        solving = "not estimated" if self.solve_seconds is None else _duration(self.solve_seconds)
+        parts = [f"{self.flops / 1e9:.3g} Gflop of sweeps", f"solving {solving}"]
+        if self.calibration_seconds is not None:
+            parts.append(f"calibration {_duration(self.calibration_seconds)}")
+        parts.append(f"{self.plan.statistics_bytes / 2**20:.1f} MiB of statistics at once")
+        return f"{self.plan}\nestimate: {', '.join(parts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {
+            "stage": str(self.plan.stage),
+            "layers": [
+                {
+                    "name": layer.name,
+                    "type": type(layer.module).__name__,
+                    "adapter": type(adapter_for(layer.module)).__name__,
+                    "groups": layer.shape.groups,
+                    "rows": layer.shape.rows,
+                    "columns": layer.shape.columns,
+                    "hessian_bytes": layer.hessian_bytes,
+                    "sweep_flops": layer.sweep_flops,
+                }
+                for layer in self.plan.layers
+            ],
+            "skipped": dict(self.plan.skipped),
+            "passes": [[layer.name for layer in part] for part in self.plan.passes],
+            "statistics_bytes": self.plan.statistics_bytes,
+            "flops": self.flops,
+            "solve_seconds": self.solve_seconds,
+            "calibration_seconds": self.calibration_seconds,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found out. ``print`` shows it as tables.
+
+    Attributes:
+        stages: One forecast per stage, in order.
+        left_dense: Modules with weights that no stage will compress, with the reason.
+        speeds: Measured flop per second by backend, as the stages name it.
+    """
+
+    stages: list[StageForecast]
+    left_dense: Mapping[str, str]
+    speeds: Mapping[str, float]
+
+    def __str__(self) -> str:
+        parts = [str(stage) for stage in self.stages]
+        left = [f"left dense: {name} ({reason})" for name, reason in self.left_dense.items()]
+        speeds = [
+            f"times are estimates from one small sweep on this machine, {speed / 1e9:.3g} Gflop/s (backend {name!r})"
+            for name, speed in self.speeds.items()
+        ]
+        return "\n\n".join([*parts, *(["\n".join([*left, *speeds])] if left or speeds else [])])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        return {
+            "stages": [stage.to_dict() for stage in self.stages],
+            "left_dense": dict(self.left_dense),
+            "flops_per_second": dict(self.speeds),
+        }
+
+
+def plan(
+    model: nn.Module,
+    stages: Sequence[Stage] | Stage,
+    batch: Any = None,
+    *,
+    calibration: Calibration | None = None,
+    forward: Forward | None = None,
+) -> Plan:
+    """Find out what a recipe will do, and about how long it will take, without changing anything.
+
+    Args:
+        model: The model.
+        stages: One stage or several.
+        batch: One calibration batch. It runs through every calibration pass once, so that their time can be estimated
+            and layers that it does not reach are found. None leaves the time of the calibration open.
+        calibration: How the statistics will be collected; default ``Calibration()``.
+        forward: ``forward(model, batch)`` runs the batch; None means the model's own way.
+
+    Raises:
+        LayerNotFoundError, PatternError, NonFiniteError, ScheduleError: What would stop the run before it starts.
+        LayerNotReachedError, CalibrationError: The batch does not reach a layer, or cannot be used.
+    """
+    stages = [stages] if isinstance(stages, Stage) else list(stages)
+    spec = calibration or Calibration()
+    check_schedule(model, stages)
+    plans = [plan_stage(model, stage, spec) for stage in stages]
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    names = dict.fromkeys(stage.backend for stage in stages if isinstance(stage, (Prune, Quantize)) and _sweeps(stage))
+    speeds = {name: measured_speed(device, name) for name in names}
+    forecasts = [_forecast(model, found, batch, spec, forward, speeds) for found in plans]
+    return Plan(forecasts, _left_dense(model, plans), speeds)
+
+
+def _forecast(
+    model: nn.Module,
+    plan: StagePlan,
+    batch: Any,
+    spec: Calibration,
+    forward: Forward | None,
+    speeds: Mapping[str, float],
+) -> StageForecast:
+    stage = plan.stage
+    if not plan.layers or not isinstance(stage, (Prune, Quantize)):
+        return StageForecast(plan, 0.0, None, None)
+    flops = sum(_times(stage, layer.shape.rows) * layer.sweep_flops for layer in plan.layers) if _sweeps(stage) else 0.0
+    seconds = flops / speeds[stage.backend] if _sweeps(stage) else None
+    return StageForecast(
+        plan, flops, seconds, None if batch is None else _calibration_seconds(model, plan, batch, spec, forward)
+    )
+
+
+def _sweeps(stage: Prune | Quantize) -> bool:
+    return stage.solver == "obs"
+
+
+def _times(stage: Prune | Quantize, rows: int) -> float:
+    """Full sweeps of a layer that a stage takes: one, and what choices of damping and of refinement add."""
+    choosing = 10 * min(1.0, 32 / rows) if stage.damping == "auto" else 0.0
+    refine = parse_refine(stage.refine)
+    return 1 + choosing + (2 if refine is not None and refine.judge else 0)
+
+
+def _calibration_seconds(
+    model: nn.Module, plan: StagePlan, batch: Any, spec: Calibration, forward: Forward | None
+) -> float:
+    collect = Collector(model, [batch], replace(spec, rounds=1), forward)
+    collect.order(plan.modules)  # Also warms up what the first forward pass prepares.
+    started = time.perf_counter()
+    for part in plan.passes:
+        modules = {layer.name: layer.module for layer in part}
+        if spec.paired:
+            collect.paired(modules, DenseWeights())
+        else:
+            collect(modules)
+    batches = math.ceil(spec.samples / max(1, batch_size_of(batch)))
+    return (time.perf_counter() - started) * batches * spec.rounds
+
+
+def _left_dense(model: nn.Module, plans: Sequence[StagePlan]) -> dict[str, str]:
+    handled = {layer.name for plan in plans for layer in plan.layers}
+    skipped = {name: reason for plan in plans for name, reason in plan.skipped.items()}
+    try:
+        possible = set(select_layers(model))
+    except LayerNotFoundError:
+        possible = set()
+    left = {name: skipped.get(name, "no stage selects it") for name in sorted(possible - handled)}
+    return left | unsupported_layers(model)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"about {seconds:.2g} s" if seconds < 10 else f"about {seconds:.0f} s"
+    return f"about {seconds / 60:.0f} min" if seconds < 7200 else f"about {seconds / 3600:.1f} h"

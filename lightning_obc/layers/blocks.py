@@ -1,0 +1,38 @@
+"""Which layers belong to one block of a network, read off its containers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_obc.layers.selection import normalise_name
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def blocks_of(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """Layers by block, in the order in which the names reach them.
+
+    A block is the outermost module around a layer that is an element of a plain ``nn.Sequential`` or
+    ``nn.ModuleList`` and no such container itself: a residual block, an encoder layer. A layer outside of all blocks
+    is one of its own.
+
+    Args:
+        model: The model.
+        names: Names of layers, as :func:`~lightning_obc.layers.select_layers` returns them.
+    """
+    modules = {normalise_name(name): module for name, module in model.named_modules()}
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(_block_of(modules, name), []).append(name)
+    return list(blocks.values())
+
+
+def _block_of(modules: dict[str, nn.Module], name: str) -> str:
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        around, inside = ".".join(parts[:depth]), ".".join(parts[: depth + 1])
+        if type(modules.get(around)) in _CONTAINERS and type(modules.get(inside)) not in _CONTAINERS:
+            return inside
+    return name
