@@ -1,5 +1,9 @@
 """Reports of compression runs."""
 
+from lightning_obc.report.compare import compare_records, compare_reports
+from lightning_obc.report.document import render_json, render_markdown, save_report
+from lightning_obc.report.html import render_html
+from lightning_obc.report.record import load_record, report_record
 from lightning_obc.report.result import CompressionReport, LayerReport, StageReport
 from lightning_obc.report.tables import correction_table, markdown, render, report_table, stage_table
 
@@ -7,9 +11,17 @@ __all__ = [
     "CompressionReport",
     "LayerReport",
     "StageReport",
+    "compare_records",
+    "compare_reports",
     "correction_table",
+    "load_record",
     "markdown",
     "render",
+    "render_html",
+    "render_json",
+    "render_markdown",
+    "report_record",
     "report_table",
+    "save_report",
     "stage_table",
 ]

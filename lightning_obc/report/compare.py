@@ -1,0 +1,142 @@
+"""Several runs side by side, from their records."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Union
+
+from lightning_obc.errors import SpecError
+from lightning_obc.report import charts
+from lightning_obc.report.document import write_formats
+from lightning_obc.report.html import page, safe
+from lightning_obc.report.record import Record, last_rows, load_record
+from lightning_obc.report.tables import markdown
+
+
+def compare_records(records: Mapping[str, Record]) -> dict[str, Any]:
+    """What several runs have in common, by label.
+
+    Returns:
+        ``summary``: rows of ``[name, value of each run]``; ``layers``: per layer the relative error, sparsity and bits
+        of each run (None where a run does not have the layer); ``trade_off``: bits per weight against the first figure
+        that all runs measured.
+
+    Raises:
+        SpecError: Fewer than two runs.
+    """
+    if len(records) < 2:
+        raise SpecError("A comparison needs several runs", got=len(records), expected="at least two")
+    rows = {label: {row["name"]: row for row in last_rows(record)} for label, record in records.items()}
+    names = list(dict.fromkeys(name for layers in rows.values() for name in layers))
+    keys = ("relative_error", "sparsity", "bits", "compressed")
+    layers = [
+        {
+            "name": name,
+            "runs": [None if name not in mine else {key: mine[name][key] for key in keys} for mine in rows.values()],
+        }
+        for name in names
+    ]
+    return {"runs": list(records), "summary": _summary(records), "layers": layers, "trade_off": _trade_off(records)}
+
+
+def _summary(records: Mapping[str, Record]) -> list[list[str]]:
+    def row(name: str, value: Any) -> list[str]:
+        return [name, *(value(record) for record in records.values())]
+
+    table = [
+        row("stages", lambda record: " → ".join(stage["stage"] for stage in record["stages"]) or "–"),
+        row("layers compressed", lambda record: str(sum(entry["compressed"] for entry in last_rows(record)))),
+        row("zeros [%]", lambda record: _size(record, "sparsity", 100)),
+        row("bits per weight", lambda record: _size(record, "bits_per_weight", 1)),
+        row("summed loss", lambda record: f"{sum(entry['loss'] for entry in last_rows(record)):.4g}"),
+        row("time [s]", lambda record: f"{sum(stage['seconds'] for stage in record['stages']):.1f}"),
+    ]
+    figures = dict.fromkeys(name for record in records.values() for name in record["figures"])
+    for name in figures:
+        table.append(row(f"{name}, dense", lambda record, name=name: _figure(record, name, 0)))
+        table.append(row(f"{name}, compressed", lambda record, name=name: _figure(record, name, 1)))
+    versions = dict.fromkeys(name for record in records.values() for name in record["environment"])
+    for name in versions:
+        found = [record["environment"].get(name, "–") for record in records.values()]
+        if len(set(found)) > 1:
+            table.append([name, *found])
+    return table
+
+
+def _size(record: Record, key: str, factor: float) -> str:
+    return f"{factor * record['sizes'][key]:.2f}" if record["sizes"] else "–"
+
+
+def _figure(record: Record, name: str, index: int) -> str:
+    pair = record["figures"].get(name)
+    return "–" if pair is None else f"{pair[index]:.4f}"
+
+
+def _trade_off(records: Mapping[str, Record]) -> dict[str, Any] | None:
+    shared = [
+        name
+        for name in next(iter(records.values()))["figures"]
+        if all(name in record["figures"] and record["sizes"] for record in records.values())
+    ]
+    if not shared:
+        return None
+    points = [
+        {"x": record["sizes"]["bits_per_weight"], "y": record["figures"][shared[0]][1], "label": label}
+        for label, record in records.items()
+    ]
+    return {"x": "bits per weight", "y": shared[0], "points": points}
+
+
+def render_comparison_html(comparison: Mapping[str, Any]) -> str:
+    """The comparison as one HTML page."""
+    trade_off = comparison["trade_off"]
+    return page(
+        "compare.html",
+        comparison=comparison,
+        trade_off=safe(charts.scatter(trade_off, "Trade-off")) if trade_off else None,
+    )
+
+
+def render_comparison_markdown(comparison: Mapping[str, Any]) -> str:
+    """The comparison as Markdown tables."""
+    runs = comparison["runs"]
+    errors = [
+        [layer["name"], *("–" if run is None else f"{100 * run['relative_error']:.3f}" for run in layer["runs"])]
+        for layer in comparison["layers"]
+    ]
+    parts = [
+        f"# {' · '.join(runs)}",
+        markdown("Runs", ("", *runs), comparison["summary"]),
+        markdown("Relative error by layer [%]", ("layer", *runs), errors),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def compare_reports(
+    reports: Sequence[Union[str, Path]],
+    path: Union[str, Path],
+    *,
+    formats: Sequence[str] = ("html", "md", "json"),
+    overwrite: bool = False,
+) -> list[Path]:
+    """Compare the JSON files of several runs, and write the comparison beside ``path``.
+
+    Runs are called after their files; files of one name after their folders too.
+
+    Raises:
+        SpecError: Fewer than two reports, or an unknown format. FingerprintError: A file that is no report.
+    """
+    paths = [Path(report) for report in reports]
+    stems = [file.stem for file in paths]
+    labels = [
+        stem if stems.count(stem) == 1 else str(file.with_suffix("")) for stem, file in zip(stems, paths, strict=True)
+    ]
+    comparison = compare_records({label: load_record(file) for label, file in zip(labels, paths, strict=True)})
+    renderers = {
+        "html": render_comparison_html,
+        "md": render_comparison_markdown,
+        "json": lambda data: json.dumps(data, indent=1) + "\n",
+    }
+    return write_formats({name: renderers.get(name) for name in formats}, comparison, path, overwrite)

@@ -1,0 +1,106 @@
+"""The same record as HTML, Markdown and JSON files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Union
+
+from lightning_obc.errors import SpecError
+from lightning_obc.files import check_target, write_whole
+from lightning_obc.report.html import left_dense, render_html, tiles
+from lightning_obc.report.record import Record
+from lightning_obc.report.tables import markdown
+
+
+def render_json(record: Record) -> str:
+    """The record itself; reports can be drawn and compared from it."""
+    return json.dumps(record, indent=1) + "\n"
+
+
+def render_markdown(record: Record) -> str:
+    """The report's tables as Markdown."""
+    parts = [f"# {record['title']}", *_summary(record)]
+    parts += [_stage(stage) for stage in record["stages"]]
+    left = [f"- `{name}`: {reason}" for name, reason in left_dense(record)]
+    parts.append("\n".join(["## Left dense", "", *(left or ["Nothing."])]))
+    if record["recipe"]:
+        parts.append("\n".join(["## Recipe", "", *(f"1. `{stage}`" for stage in record["recipe"])]))
+    parts += [f"```text\n{plan}\n```" for plan in record["plans"]]
+    if record["reproduce"]:
+        parts.append(f"## Reproduce\n\n```python\n{record['reproduce']}\n```")
+    versions = [[name, value] for name, value in record["environment"].items()]
+    parts.append(markdown("Software", ("what", "version"), versions))
+    return "\n\n".join(parts) + "\n"
+
+
+def _summary(record: Record) -> list[str]:
+    parts = ["\n".join(f"- {tile['name']}: {tile['value']}" for tile in tiles(record))]
+    if record["figures"]:
+        rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in record["figures"].items()]
+        parts.append(markdown("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
+    if record["measured"]:
+        rows = [
+            [row["name"], f"{1e3 * row['latency']:.3f}", f"{row['size'] / 2**20:.2f}", f"{row['speedup']:.2f}×"]
+            for row in record["measured"]
+        ]
+        parts.append(markdown("Measured", ("file", "latency [ms]", "size [MiB]", "speed-up"), rows))
+    return parts
+
+
+def _stage(stage: dict[str, Any]) -> str:
+    columns = ("layer", "type", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+    rows = [
+        [
+            row["name"],
+            row["type"],
+            "×".join(map(str, row["shape"])),
+            f"{100 * row['sparsity']:.1f}",
+            str(row["bits"]),
+            f"{row['loss']:.4g}",
+            f"{100 * row['relative_error']:.3f}",
+            f"{row['seconds']:.2f}",
+            row["status"].replace("|", "\\|"),
+        ]
+        for row in stage["layers"]
+    ]
+    title = f"{stage['stage']}: {len(rows)} layers, {stage['samples']} calibration samples, {stage['seconds']:.1f} s"
+    return markdown(title, columns, rows)
+
+
+_FORMATS: dict[str, Callable[[Record], str]] = {"html": render_html, "md": render_markdown, "json": render_json}
+
+
+def save_report(
+    record: Record,
+    path: Union[str, Path],
+    *,
+    formats: Sequence[str] = ("html", "md", "json"),
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a record as ``path.html``, ``path.md`` and ``path.json``.
+
+    Raises:
+        SpecError: An unknown format. ExportError: A file exists or cannot be written. MissingExtraError: HTML without
+            the extra ``report``.
+    """
+    return write_formats({name: _FORMATS.get(name) for name in formats}, record, path, overwrite)
+
+
+def write_formats(
+    renderers: dict[str, Callable[[Record], str] | None], record: Record, path: Union[str, Path], overwrite: bool
+) -> list[Path]:
+    """Render everything first, then write: a missing extra leaves no half report."""
+    if unknown := [name for name, renderer in renderers.items() if renderer is None]:
+        raise SpecError("A report format is unknown", got=", ".join(unknown), expected="html, md or json")
+    targets = {name: check_target(Path(f"{path}.{name}"), overwrite) for name in renderers}
+    texts = {name: renderer(record) for name, renderer in renderers.items() if renderer is not None}
+    for name, text in texts.items():
+        write_whole(targets[name], partial(_write, text))
+    return list(targets.values())
+
+
+def _write(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")

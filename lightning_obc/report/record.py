@@ -1,0 +1,190 @@
+"""A run as plain data: what the HTML, Markdown and JSON reports are all made of.
+
+The record holds only numbers, strings, lists and mappings, so that it survives JSON, and a report can be drawn again,
+or compared with others, long after the run.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from lightning_obc.errors import FingerprintError
+from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.report.result import CompressionReport
+
+FORMAT, VERSION = "lightning_obc.report", 1
+PACKAGES = ("lightning-obc", "torch", "lightning", "numba", "triton", "numpy", "torchvision", "transformers")
+BINS = 48
+Record = dict[str, Any]
+Curve = Sequence[tuple[float, float]]
+
+
+def report_record(
+    report: CompressionReport,
+    *,
+    title: str = "Compression report",
+    recipe: Sequence[Any] = (),
+    plans: Sequence[Any] = (),
+    dense: Mapping[str, Tensor] | None = None,
+    curves: Mapping[str, Curve] | None = None,
+    trade_off: Mapping[str, Any] | None = None,
+    measured: Sequence[Mapping[str, Any]] = (),
+    reproduce: str | None = None,
+) -> Record:
+    """Everything a report shows.
+
+    Args:
+        report: The run.
+        title: Heading.
+        recipe: The stages (and the calibration) as given, shown by their ``repr``.
+        plans: Plans of the stages, shown as text.
+        dense: State dict of the model before compression, for histograms of weights before.
+        curves: Loss curves of sweeps by layer: pairs of sparsity and relative error.
+        trade_off: ``{"x": name, "y": name, "points": [{"x": …, "y": …, "label": …}, …]}``.
+        measured: Rows of :func:`lightning_obc.export.benchmark`, as dictionaries.
+        reproduce: Command or script that repeats the run; default a call of :func:`lightning_obc.compress`.
+    """
+    stages = [repr(stage) for stage in recipe]
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "title": title,
+        **report.to_dict(),
+        "recipe": stages,
+        "plans": [str(plan) for plan in plans],
+        "sizes": sizes(report),
+        "histograms": histograms(report, dense or {}),
+        "curves": {name: [list(map(float, point)) for point in curve] for name, curve in (curves or {}).items()},
+        "trade_off": dict(trade_off) if trade_off else None,
+        "measured": [dict(row) for row in measured],
+        "environment": environment(),
+        "reproduce": reproduce or _call(stages),
+    }
+
+
+def _call(stages: Sequence[str]) -> str:
+    body = "".join(f"        {stage},\n" for stage in stages)
+    return (
+        "import lightning_obc as obc\nfrom lightning_obc.specs import *\n\n"
+        f"obc.compress(\n    model,\n    batches,\n    [\n{body}    ],\n)"
+        if stages
+        else ""
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions of what the result depends on, and the machine."""
+    found = {"python": platform.python_version(), "platform": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+    return found
+
+
+def sizes(report: CompressionReport) -> dict[str, float]:
+    """Weights of the compressed layers: how many, share of zeros, mean bits, and what theory saves.
+
+    ``bits_per_weight`` counts kept codes and one bit of mask per weight of a sparse layer.
+    """
+    total = zeros = bits = dense = 0.0
+    for row in report.layers.values():
+        count = float(torch.Size(row.shape).numel())
+        mask = 1.0 if row.sparsity > 0 else 0.0
+        total += count
+        zeros += count * row.sparsity
+        bits += count * ((1 - row.sparsity) * row.bits + mask)
+        dense += count * 32
+    if not total:
+        return {}
+    return {"weights": total, "sparsity": zeros / total, "bits_per_weight": bits / total, "ratio": dense / bits}
+
+
+def histograms(report: CompressionReport, dense: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Histograms of the weights of every compressed layer, before (where known) and after.
+
+    Quantized layers are drawn in units of their grid: ``weight / scale + zero_point``, so that grid points of all rows
+    lie on the integers.
+    """
+    layers = select_layers(report.model) if report.solutions else {}
+    found = {}
+    for name, solution in report.solutions.items():
+        before = _dense_matrix(layers.get(name), dense.get(f"{name}.weight"))
+        after = solution.weight.detach().double().cpu()
+        if solution.grid is not None:
+            columns = after.shape[-1]
+            scale, zero = (
+                solution.grid.expand(part, columns).double().cpu()
+                for part in (solution.grid.scale, solution.grid.zero_point)
+            )
+            after = after / scale + zero
+            before = None if before is None else before / scale + zero
+        found[name] = _histogram(before, after, None if solution.grid is None else solution.grid.max_code)
+    return found
+
+
+def _dense_matrix(module: Any, weight: Tensor | None) -> Tensor | None:
+    adapter = None if module is None else adapter_for(module)
+    if adapter is None or weight is None:
+        return None
+    return adapter.to_matrix_layout(module, weight.detach()).double().cpu()
+
+
+def _histogram(before: Tensor | None, after: Tensor, max_code: int | None) -> dict[str, Any]:
+    values = after if before is None else torch.cat([before.flatten(), after.flatten()])
+    low, high = float(values.min()), float(values.max())
+    if max_code is not None:
+        low, high = min(low, -0.5), max(high, max_code + 0.5)
+    if not high > low:
+        low, high = low - 0.5, high + 0.5
+
+    def counts(tensor: Tensor) -> list[int]:
+        return [int(count) for count in torch.histc(tensor.flatten(), BINS, low, high)]
+
+    return {
+        "low": low,
+        "high": high,
+        "after": counts(after),
+        "before": None if before is None else counts(before),
+        "levels": None if max_code is None else max_code + 1,
+    }
+
+
+def load_record(path: Union[str, Path]) -> Record:
+    """Read a record that :func:`save_report` wrote as JSON.
+
+    Raises:
+        FingerprintError: The file is no report, or of another version.
+    """
+    try:
+        record = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise FingerprintError(
+            "The report cannot be read", got=f"{path}: {error}", expected="the JSON file of a report"
+        ) from error
+    if not isinstance(record, dict) or (record.get("format"), record.get("version")) != (FORMAT, VERSION):
+        found = record.get("version") if isinstance(record, dict) else type(record).__name__
+        raise FingerprintError(
+            "The file is not a report that this version reads", got=f"{path}: {found}", expected=f"{FORMAT} {VERSION}"
+        )
+    return record
+
+
+def last_rows(record: Record) -> list[dict[str, Any]]:
+    """The last row of every layer that was compressed, and the only row of one that was not."""
+    rows: dict[str, dict[str, Any]] = {}
+    for stage in record["stages"]:
+        for row in stage["layers"]:
+            if row["compressed"] or row["name"] not in rows:
+                rows[row["name"]] = row
+    return list(rows.values())
