@@ -78,8 +78,11 @@ class _Observer:
             raise _Enough
 
     def _add(self, rows: Tensor) -> None:
-        # Two-pass moments of one call are accurate in the tensor's precision; only their sums need float64.
-        variance, mean = (moment.double() for moment in torch.var_mean(rows, dim=1, correction=0))
+        # Two-pass moments of one call are accurate in the tensor's precision, unless squares underflow; only their sums
+        # need float64.
+        size = rows.abs().amax().clamp_min(torch.finfo(rows.dtype).tiny)
+        variance, mean = (moment.double() for moment in torch.var_mean(rows / size, dim=1, correction=0))
+        variance, mean = variance * size.double().square(), mean * size.double()
         count = torch.full_like(mean, rows.shape[1])
         sums = torch.stack([count, count * mean, count * (variance + mean.square())])
         self.sums = sums if self.sums is None else self.sums + sums

@@ -151,6 +151,16 @@ def test_recorded_moments_are_those_of_all_values() -> None:
         assert moments.values == 21 * 64
 
 
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_moments_of_outputs_whose_squares_leave_float32(exponent: int) -> None:
+    norm, x = nn.BatchNorm2d(3, affine=False).eval(), torch.randn(4, 3, 5, 5)
+    norm.eps = 0.0
+    plain = record_statistics(norm, [x]).channels[""]
+    scaled = record_statistics(norm, [x * 2.0**exponent]).channels[""]
+    torch.testing.assert_close(scaled.mean, plain.mean * 2.0**exponent, rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled.std, plain.std * 2.0**exponent, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "dense model"])
 def test_batch_norm_outputs_get_the_dense_moments(recorded: bool) -> None:
     dense, small, batches = _residual()
