@@ -75,7 +75,8 @@ ALLOWED: dict[str, set[str]] = {
         "activations",
         "obs",
     },
-    "cli": LEAVES | {"planning", "forecast", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
+    "cli": LEAVES
+    | {"planning", "forecast", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
 }
 HEAVY_OWNERS = {"lightning": {"callbacks", "cli"}, "torchmetrics": {"metrics", "callbacks"}}
 

@@ -1,4 +1,4 @@
-"""README's Python examples run, and its commands are the ones CI and the package know."""
+"""Python examples of README and of docs/ run; README's commands are the ones CI and the package know."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", ROOT / "docs" / "calibration.md"]
+EXAMPLES = {
+    f"{page.name} {index}": example
+    for page in PAGES
+    for index, example in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL))
+}
 
 
 def test_there_are_examples() -> None:
-    assert len(EXAMPLES) >= 3
+    for page, least in zip(PAGES, (3, 2), strict=True):
+        assert sum(name.startswith(page.name) for name in EXAMPLES) >= least
 
 
-@pytest.mark.parametrize("index", range(len(EXAMPLES)))
-def test_example_runs(index: int, tmp_path: Path) -> None:
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{EXAMPLES[index]}"
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs(name: str, tmp_path: Path) -> None:
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{EXAMPLES[name]}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
