@@ -209,7 +209,7 @@ class OBCCallback(Callback):
 
     def _run(self, trainer: Trainer, module: LightningModule, index: int, display: Display) -> None:
         state, stage = self._state, self._state.timetable.stages[index]
-        plan = plan_stage(module, stage)
+        plan = plan_stage(module, stage, self.calibration)
         if self.verbose:
             module.print(f"\n{plan}")
         collect = collector(trainer, module, self.calibration, display)
