@@ -2,54 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from lightning_obc.baselines.columns import ColumnOrder, column_order, eliminate, upper_factor
 from lightning_obc.baselines.rounding import quantized_solution, zero_codes
-from lightning_obc.baselines.units import Unit, units_of
+from lightning_obc.baselines.units import units_of
 from lightning_obc.grid_fitting import fit_grid
-from lightning_obc.grids import Grid
+from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
 from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, prepare
 from lightning_obc.obs.prune import check_channels
 from lightning_obc.obs.quantize import check_mask, rows_of_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import IntGrid, parse_grid
-
-
-class GridRule:
-    """Fixes every column at its nearest grid point, and at 0 where ``keep`` is False.
-
-    Args:
-        grid: The fitted grid, in the original order of the columns.
-        order: The order of elimination.
-        keep: ``[g, R, d]`` bool in the original order, or None.
-    """
-
-    def __init__(self, grid: Grid, order: ColumnOrder, keep: Tensor | None) -> None:
-        columns = order.columns.shape[1]
-
-        def ordered(tensor: Tensor) -> Tensor:
-            return order.take(tensor).mT.contiguous()
-
-        self.scale = ordered(grid.expand(grid.scale, columns))
-        self.zero = ordered(grid.expand(grid.zero_point, columns))
-        self.keep = None if keep is None else ordered(keep)
-        self.max_code = grid.max_code
-
-    def begin_block(self, units: Sequence[Unit], weight: Tensor) -> None:
-        """Nothing to choose."""
-
-    def begin_unit(self, unit: Unit, weight: Tensor) -> None:
-        """Nothing to choose."""
-
-    def target(self, column: int, current: Tensor) -> Tensor:
-        scale, zero = self.scale[:, column], self.zero[:, column]
-        point = (torch.clamp(torch.round(current / scale) + zero, 0, self.max_code) - zero) * scale
-        return point if self.keep is None else torch.where(self.keep[:, column], point, 0.0)
 
 
 def gptq(

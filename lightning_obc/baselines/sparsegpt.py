@@ -7,12 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_obc.baselines.columns import column_order, eliminate, upper_factor
-from lightning_obc.baselines.gptq import GridRule
 from lightning_obc.baselines.rounding import quantized_solution, zero_codes
-from lightning_obc.baselines.units import Unit, units_of
+from lightning_obc.baselines.units import units_of
 from lightning_obc.errors import SpecError
 from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.obs.columns import GridRule, Unit, column_order, eliminate, upper_factor
 from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.prune import check_channels, check_fit, group_size

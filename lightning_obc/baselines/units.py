@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-Unit = tuple[int, int]
+from lightning_obc.obs.columns import Unit
 
 
 def units_of(columns: int, channels: int, size: int) -> list[Unit]:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_obc import baselines, obs
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
-from lightning_obc.obs.refine.codes import descend
+from lightning_obc.obs.refine.codes import CodesState, activation_order, better_of, descend
 from lightning_obc.obs.refine.judge import Deadline, row_losses
+from lightning_obc.solvers import Refine
 from lightning_obc.specs import IntGrid
 
 SPECS = [
@@ -112,3 +114,40 @@ def test_no_sweep_starts_after_the_deadline() -> None:
     deadline = Deadline(0.0)
     assert [state.depth for state in descend(weight, hessian, grid, codes, deadline=deadline)] == [0]
     assert deadline.hit
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_each_row_has_the_better_of_two_starts(spec: IntGrid) -> None:
+    weight, hessian = problem(2, 6, 16)
+    grid, codes = start(weight, spec)
+    one = CodesState(3, grid, codes)
+    layer = obs.prepare(weight, hessian, 0.0)
+    two = CodesState(9, grid, activation_order(layer, grid, None))
+    everywhere = torch.ones(2, 6, dtype=torch.bool)
+    best = better_of(one, two, weight, hessian, everywhere)
+    losses = [row_losses(state.weight - weight, hessian) for state in (one, two, best)]
+    if spec.granularity == "tensor":
+        losses = [loss.sum() for loss in losses]
+    assert best.depth == 4
+    torch.testing.assert_close(losses[2], torch.minimum(losses[0], losses[1]))
+    nowhere = better_of(one, two, weight, hessian, ~everywhere)
+    assert torch.equal(nowhere.codes, one.codes)
+
+
+def test_the_second_start_is_gptq_in_activation_order() -> None:
+    weight, hessian = problem(2, 4, 12)
+    keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    expected = baselines.gptq(weight * keep, hessian, 3, mask=keep, damping=0.02, act_order=True)
+    layer = obs.prepare(weight * keep, hessian, 0.02)
+    grid = fit_grid(weight * keep, IntGrid(3))
+    assert expected.codes is not None
+    assert torch.equal(activation_order(layer, grid, keep), expected.codes)
+
+
+def test_the_second_start_helps_where_few_columns_matter() -> None:
+    """Columns of very unequal weight: the greedy order leaves the important ones to the end."""
+    weight, hessian = problem(1, 16, 24)
+    size = torch.logspace(-2, 2, 24, dtype=torch.float64)
+    hessian = hessian * size[:, None] * size[None, :]
+    one, both = (obs.quantize(weight, hessian, 4, refine=Refine(restart=flag)) for flag in (False, True))
+    assert both.loss + both.damping_loss < 0.99 * (one.loss + one.damping_loss)

@@ -9,16 +9,19 @@ the others is updated by one matrix product per block.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_obc.grid_fitting import refit_scale
 from lightning_obc.grids import Grid
-from lightning_obc.obs.refine.judge import Deadline
+from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
+from lightning_obc.obs.problem import Problem
+from lightning_obc.obs.refine.judge import Deadline, row_losses
 
 BLOCK = 64
+LAZY = 128
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ def descend(
             return
         grid, codes = refitted, moved
         yield CodesState(sweep, grid, codes)
+
+
+def activation_order(problem: Problem, grid: Grid, keep: Tensor | None) -> Tensor:
+    """Codes ``[g, R, d]`` by elimination of the columns in descending order of ``diag H``, the same for all rows."""
+    columns = problem.weight.shape[-1]
+    order = column_order(problem, [(column, column + 1) for column in range(columns)], act_order=True)
+    rule = GridRule(grid, order, keep)
+    codes = grid.encode(eliminate(upper_factor(problem, order), problem.weight, order, rule, LAZY))
+    return codes if keep is None else torch.where(keep, codes, grid.expand(grid.zero_point, columns).to(torch.uint8))
+
+
+def better_of(one: CodesState, two: CodesState, dense: Tensor, hessian: Tensor, allowed: Tensor) -> CodesState:
+    """Of every row (per tensor: of the layer) the state of lower damped loss, ``two`` only where ``allowed [g, R]``.
+
+    Both have the zero points of one grid. The depth is one more than that of ``one``.
+    """
+    losses = [row_losses(state.weight.double() - dense.double(), hessian) for state in (one, two)]
+    better = losses[1] < losses[0]
+    if one.grid.spec.granularity == "tensor":
+        better = (losses[1].sum() < losses[0].sum()).expand_as(better) & allowed.all()
+    chosen = (better & allowed)[..., None]
+    scale = torch.where(chosen, two.grid.scale, one.grid.scale)
+    codes = torch.where(chosen, two.codes, one.codes)
+    return CodesState(one.depth + 1, replace(one.grid, scale=scale), codes)
 
 
 def _refit_rows(grid: Grid, codes: Tensor, dense: Tensor, hessian: Tensor, active: Tensor) -> Grid:

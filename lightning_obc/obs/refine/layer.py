@@ -15,7 +15,7 @@ from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.refine.codes import CodesState, descend
+from lightning_obc.obs.refine.codes import CodesState, activation_order, better_of, descend
 from lightning_obc.obs.refine.judge import Deadline, Judgement, judge, row_losses
 from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap
 from lightning_obc.obs.solution import LayerSolution, Refinement
@@ -132,10 +132,7 @@ def refine_codes(
     coupled = greedy.grid.spec.granularity == "tensor"
 
     def search(start: GreedyCodes, limit: Deadline, depth: Tensor | None = None) -> Iterator[CodesState]:
-        dense, damped = start.problem.original_batched(), start.problem.damped
-        return descend(
-            dense, damped, start.grid, start.codes, keep=keep, sweeps=spec.sweeps, depth=depth, deadline=limit
-        )
+        return _from_two_starts(start, spec, keep, limit, depth)
 
     def path(half: Tensor, limit: Deadline) -> Iterator[tuple[int, Tensor]]:
         start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
@@ -152,6 +149,31 @@ def refine_codes(
     final = replace(greedy, grid=replace(greedy.grid, scale=scale), codes=codes)
     refined = final.solution(keep, solution.status.backend)
     return _recorded(refined, better, gain, verdict, deadline)
+
+
+def _from_two_starts(
+    start: GreedyCodes, spec: Refine, keep: Tensor | None, limit: Deadline, depth: Tensor | None
+) -> Iterator[CodesState]:
+    """The path from the greedy codes; at depth ``sweeps + 1`` each row has the better of that and the second start."""
+    problem = start.problem
+    dense = problem.original_batched()
+
+    def run(codes: Tensor, depth: Tensor | None) -> Iterator[CodesState]:
+        return descend(
+            dense, problem.damped, start.grid, codes, keep=keep, sweeps=spec.sweeps, depth=depth, deadline=limit
+        )
+
+    last = None
+    for last in run(start.codes, depth):
+        yield last
+    assert last is not None
+    allowed = (
+        torch.ones(dense.shape[:2], dtype=torch.bool, device=dense.device) if depth is None else depth > spec.sweeps
+    )
+    if not spec.restart or limit.passed() or not bool(allowed.any()):
+        return
+    other = _last(run(activation_order(problem, start.grid, keep), None))
+    yield better_of(replace(last, depth=spec.sweeps), other, dense, problem.damped, allowed)
 
 
 def _judged(

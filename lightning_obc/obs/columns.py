@@ -1,4 +1,4 @@
-"""Elimination in a fixed column order, shared by GPTQ and SparseGPT.
+"""Elimination in a fixed column order: GPTQ, SparseGPT, and a second start for refinement.
 
 Index legend: ``g`` problems, ``R`` rows, ``d`` columns. With one order for all rows the rows share every ``G``, and the
 pivot columns of the whole elimination are the rows of one upper Cholesky factor: ``G = UᵀU`` (GPTQ, arXiv 2210.17323,
@@ -15,9 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_obc.baselines.units import Unit
 from lightning_obc.errors import NotPositiveDefiniteError
+from lightning_obc.grids import Grid
 from lightning_obc.obs.problem import Problem
+
+Unit = tuple[int, int]
 
 
 class ColumnRule(Protocol):
@@ -49,6 +51,38 @@ class ColumnOrder:
     def restore(self, tensor: Tensor) -> Tensor:
         """Inverse of :meth:`take`."""
         return torch.empty_like(tensor).scatter_(-1, self.columns[:, None, :].expand(tensor.shape), tensor)
+
+
+class GridRule:
+    """Fixes every column at its nearest grid point, and at 0 where ``keep`` is False.
+
+    Args:
+        grid: The fitted grid, in the original order of the columns.
+        order: The order of elimination.
+        keep: ``[g, R, d]`` bool in the original order, or None.
+    """
+
+    def __init__(self, grid: Grid, order: ColumnOrder, keep: Tensor | None) -> None:
+        columns = order.columns.shape[1]
+
+        def ordered(tensor: Tensor) -> Tensor:
+            return order.take(tensor).mT.contiguous()
+
+        self.scale = ordered(grid.expand(grid.scale, columns))
+        self.zero = ordered(grid.expand(grid.zero_point, columns))
+        self.keep = None if keep is None else ordered(keep)
+        self.max_code = grid.max_code
+
+    def begin_block(self, units: Sequence[Unit], weight: Tensor) -> None:
+        """Nothing to choose."""
+
+    def begin_unit(self, unit: Unit, weight: Tensor) -> None:
+        """Nothing to choose."""
+
+    def target(self, column: int, current: Tensor) -> Tensor:
+        scale, zero = self.scale[:, column], self.zero[:, column]
+        point = (torch.clamp(torch.round(current / scale) + zero, 0, self.max_code) - zero) * scale
+        return point if self.keep is None else torch.where(self.keep[:, column], point, 0.0)
 
 
 def column_order(problem: Problem, units: list[Unit], act_order: bool) -> ColumnOrder:
