@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from lightning_obc import baselines, errors, obs
     from lightning_obc.callbacks import OBCCallback
     from lightning_obc.correction_spec import Correct
+    from lightning_obc.export import export_onnx, load_packed, save_packed, to_semi_structured
     from lightning_obc.forecast import Plan, plan
     from lightning_obc.grids import Grid
     from lightning_obc.hessian import Hessian
     from lightning_obc.obs import LayerSolution
     from lightning_obc.pipeline import compress
     from lightning_obc.report import CompressionReport
+    from lightning_obc.schedules import Gradual, Plateau
     from lightning_obc.solvers import Refine
     from lightning_obc.specs import NM, Block, Calibration, IntGrid, Prune, Quantize, Structured, Unstructured
 
@@ -33,6 +35,12 @@ _HOME = {
     "LayerSolution": "lightning_obc.obs",
     "compress": "lightning_obc.pipeline",
     "CompressionReport": "lightning_obc.report",
+    "export_onnx": "lightning_obc.export",
+    "load_packed": "lightning_obc.export",
+    "save_packed": "lightning_obc.export",
+    "to_semi_structured": "lightning_obc.export",
+    "Gradual": "lightning_obc.schedules",
+    "Plateau": "lightning_obc.schedules",
     "Refine": "lightning_obc.solvers",
     "NM": "lightning_obc.specs",
     "Block": "lightning_obc.specs",
@@ -51,12 +59,14 @@ __all__ = [
     "Calibration",
     "CompressionReport",
     "Correct",
+    "Gradual",
     "Grid",
     "Hessian",
     "IntGrid",
     "LayerSolution",
     "OBCCallback",
     "Plan",
+    "Plateau",
     "Prune",
     "Quantize",
     "Refine",
@@ -66,8 +76,12 @@ __all__ = [
     "baselines",
     "compress",
     "errors",
+    "export_onnx",
+    "load_packed",
     "obs",
     "plan",
+    "save_packed",
+    "to_semi_structured",
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -234,6 +235,35 @@ def test_codes_off_their_grid_are_refused():
     for codes in ([[[4, 2]]], [[[3, 1]]]):
         with pytest.raises(ShapeError, match="leave their grid"):
             CompressedWeight(mask, torch.tensor(codes, dtype=torch.uint8), **grid)
+
+
+def test_the_format_is_what_its_description_says(tmp_path):
+    """A reader written from docs/format.md, with Python integers for bit streams."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 6))
+    (weight,) = compress_(model, IntGrid(3), "2:4").values()
+    save_packed(model, {"0": weight}, tmp_path / "a.safetensors")
+    manifest, tensors = read_packed(tmp_path / "a.safetensors")
+    entry = manifest["layers"]["0"]
+    assert entry["keys"] == ["0.weight"]
+    assert {key: entry["mask"][key] for key in ("kind", "n", "m")} == {"kind": "nm", "n": 2, "m": 4}
+
+    def stream(name: str) -> int:
+        return int.from_bytes(bytes(tensors[f"layer/0/{name}"].tolist()), "little")
+
+    supports = list(itertools.combinations(range(4), 2))
+    mask = torch.zeros(6 * 24, dtype=torch.bool)
+    for group in range(6 * 24 // 4):
+        word = stream("mask") >> (44 * (group // 17)) & (2**44 - 1)
+        for position in supports[word // 6 ** (group % 17) % 6]:
+            mask[4 * group + position] = True
+    codes, zeros = stream("codes"), stream("zero_point")
+    values = torch.zeros(6 * 24)
+    for kept, index in enumerate(torch.nonzero(mask).flatten().tolist()):
+        row = index // 24
+        code, zero = codes >> (3 * kept) & 7, zeros >> (3 * row) & 7
+        values[index] = (code - zero) * tensors["layer/0/scale"][row]
+    assert torch.equal(values.reshape(6, 24), model[0].weight.detach())
 
 
 @settings(max_examples=60, deadline=None)
