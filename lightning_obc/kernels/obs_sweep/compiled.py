@@ -149,6 +149,8 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
         column=integers(),
         position=integers(),
         leaving=integers(),
+        hole=integers(),
+        mover=integers(),
         zeros=integers(),
         free=integers(),
         fixed=np.zeros(length, np.bool_),

@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-# Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen. Callers own
-# all memory, so that reference counts, which cost more than the arithmetic of a step, are left out (``_nrt``).
+# Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen. Callers
+# own all memory, so that reference counts, which cost more than the arithmetic of a step, are left out (``_nrt``).
 STRICT: dict[str, Any] = {
     "fastmath": {"reassoc", "contract", "nsz"},
     "error_model": "numpy",
@@ -53,4 +53,4 @@ def _lower(typingctx, a, b):  # type: ignore[no-untyped-def]
     return (a(a, a), codegen) if a == b and isinstance(a, types.Float) else None
 
 
-lower: Callable[[Any, Any], Any] = intrinsic(_lower)
+lower: Any = intrinsic(_lower)

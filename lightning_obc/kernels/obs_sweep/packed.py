@@ -22,6 +22,7 @@ from lightning_obc.kernels.obs_sweep.jit import STRICT, cached
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
 
 Array = NDArray[np.floating]
+IntArray = NDArray[np.int32]
 WIDTH = 32
 CHUNK = 128
 
@@ -100,6 +101,29 @@ def flush(source: Array, target: Array, size: int, panel: Array, depth: int, ste
             for row in range(0, min(column + tile, (block + 1) * WIDTH), FLUSH_ROWS):
                 here, left = start + row * WIDTH, panel_at(row, 0, steps)
                 flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
+
+
+@_jit
+def refill(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
+    """Rows and columns ``mover[k] >= size`` take the places of ``hole[k] < size``.
+
+    Row block by row block: the movers, which are the last columns, then stay in the first-level cache for all holes.
+    """
+    for first in range(0, size, WIDTH):
+        end = min(first + WIDTH, size)
+        for k in range(moves):
+            here = hole[k]
+            source, target = np.uint64(at(first, mover[k])), np.uint64(at(first, here))
+            for i in range(min(end, here) - first):
+                packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
+            start = max(first, here + 1)
+            source, target = np.uint64(at(start, mover[k])), np.uint64(at(here, start))
+            for i in range(end - start):
+                packed[target + np.uint64(i)] = packed[source + np.uint64(i * WIDTH)]
+    for k in range(moves):
+        for j in range(k + 1):
+            source = np.uint64(at(min(mover[j], mover[k]), max(mover[j], mover[k])))
+            packed[at(min(hole[j], hole[k]), max(hole[j], hole[k]))] = packed[source]
 
 
 @_jit

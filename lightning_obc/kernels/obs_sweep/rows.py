@@ -19,14 +19,15 @@ from lightning_obc.kernels.obs_sweep import packed, tile
 from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, lower, source_digest
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
-    WIDTH,
     Array,
+    IntArray,
     at,
     correct,
     flush,
     gather,
     invert_,
     panel_at,
+    refill,
 )
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
@@ -36,7 +37,6 @@ _jit_inline = numba.njit(forceinline=True, **STRICT)
 _cheaper_to_invert = _jit(cheaper_to_invert)
 _NONE = np.iinfo(np.int32).max
 CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
-IntArray = NDArray[np.int32]
 
 
 class Problem(NamedTuple):
@@ -85,6 +85,8 @@ class Scratch(NamedTuple):
     column: IntArray  # column at a position
     position: IntArray  # by column, -1 outside the working set
     leaving: IntArray
+    hole: IntArray  # by move
+    mover: IntArray  # by move
     zeros: IntArray  # columns eliminated without a choice
     free: IntArray
     fixed: NDArray[np.bool_]  # by column
@@ -378,7 +380,7 @@ def _score_quantize(
 @_jit
 def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> int:
     """Move the last positions into the holes of those that leave. Returns the new size."""
-    smaller, last = size - leaving, size - 1
+    smaller, last, moves = size - leaving, size - 1, 0
     for k in range(leaving):
         s.position[s.column[s.leaving[k]]] = -1
     for k in range(leaving):
@@ -387,28 +389,16 @@ def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> int
             continue
         while s.penalty[last] > 0:
             last -= 1
-        _move(s.packed, last, hole)
         for step in range(depth):
             s.panel[panel_at(hole, step, steps)] = s.panel[panel_at(last, step, steps)]
         s.weight[hole], s.reference[hole], s.column[hole] = s.weight[last], s.reference[last], s.column[last]
         s.scale[hole], s.inverse_scale[hole] = s.scale[last], s.inverse_scale[last]
         s.zero_point[hole] = s.zero_point[last]
         s.position[s.column[hole]] = hole
-        last -= 1
+        s.hole[moves], s.mover[moves] = hole, last
+        moves, last = moves + 1, last - 1
+    refill(s.packed, smaller, s.hole, s.mover, moves)
     return smaller
-
-
-@_jit
-def _move(packed: Array, last: int, hole: int) -> None:
-    source, target = np.uint64(at(0, last)), np.uint64(at(0, hole))
-    for i in range(hole):
-        packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
-    packed[at(hole, hole)] = packed[at(last, last)]
-    for block in range(hole // WIDTH, last // WIDTH + 1):
-        first = max(hole + 1, block * WIDTH)
-        line, source = np.uint64(at(hole, first)), np.uint64(at(first, last))
-        for k in range(min(last, (block + 1) * WIDTH) - first):
-            packed[line + np.uint64(k)] = packed[source + np.uint64(k * WIDTH)]
 
 
 @_jit
