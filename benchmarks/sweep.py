@@ -1,0 +1,252 @@
+"""Time the OBS sweep against a rank-1 update per weight and against this machine's float32 matrix speed.
+
+    python benchmarks/sweep.py                        # 64x576, rank-1 included
+    python benchmarks/sweep.py --shapes 128x1152 16x2304 --no-rank1
+    python benchmarks/sweep.py --resnet50             # every layer, all rows
+    python benchmarks/sweep.py --resnet50 --rows 8    # at most 8 rows of each layer, times extrapolated, and marked so
+
+On a machine that others use too, ``--threads 1 --clock cpu`` counts this process's own time, and the ratios hold.
+
+Nothing is printed unless the sweep just timed also agrees with the oracle, and with the rank-1 run where there is one.
+"Share" is the time of ⅔·R·d³ flop at matrix speed divided by the sweep's time: above 1, the sweep is faster than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import rank1
+import torch
+from machine import Clock, describe, matrix_speed, peak_memory, seconds
+
+from lightning_obc.kernels.obs_sweep import (
+    GridInput,
+    NMGroups,
+    SweepInput,
+    SweepOutput,
+    sweep_prune,
+    sweep_quantize,
+)
+from lightning_obc.linalg import masked_refit, safe_inverse
+
+PATTERNS = ("unstructured", "quantize", "2:4 + refit")
+MIB = 2**20
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of the table. ``extrapolated``: timed on fewer rows and scaled."""
+
+    shape: str
+    pattern: str
+    seconds: float
+    share: float
+    rank1_ratio: float | None
+    peak_mib: float
+    order_agreement: float
+    extrapolated: bool = False
+    layers: int = 1
+
+
+def make_problem(rows: int, columns: int, seed: int = 0) -> SweepInput:
+    """Rectified, correlated inputs, two samples per column, damping 1e-2."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = torch.randn(columns, 2 * columns, generator=generator)
+    x = (x + mix @ x).clamp(min=0)
+    result = safe_inverse((x @ x.mT / columns).double()[None], 1e-2)
+    weight = torch.randn(1, rows, columns, generator=generator) / columns**0.5
+    return SweepInput(weight, result.inverse.float(), result.damped_hessian)
+
+
+class Case:
+    """One pattern on one problem."""
+
+    def __init__(self, pattern: str, problem: SweepInput, backend: str) -> None:
+        columns = problem.weight.shape[2]
+        self.pattern, self.problem, self.backend = pattern, problem, backend
+        self.groups: NMGroups | None = None
+        self.grid: GridInput | None = None
+        if pattern.startswith("2:4"):
+            group = torch.arange(columns) // 4
+            self.groups = NMGroups(group, torch.bincount(group) // 2)
+        if pattern == "quantize":
+            low, high = problem.weight.amin(2, keepdim=True), problem.weight.amax(2, keepdim=True)
+            scale = 0.8 * (high - low) / 15
+            zero = torch.round(-0.8 * low / scale).clamp(0, 15)
+            self.grid = GridInput(scale.expand_as(problem.weight), zero.expand_as(problem.weight), 15)
+
+    def sweep(self, backend: str | None = None) -> SweepOutput:
+        backend = backend or self.backend
+        if self.grid is not None:
+            return sweep_quantize(self.problem, self.grid, backend=backend)
+        return sweep_prune(self.problem, groups=self.groups, backend=backend)
+
+    def run(self) -> SweepOutput:
+        """What is timed: the sweep, and for N:M the exact weights on its mask."""
+        out = self.sweep()
+        if self.groups is not None:
+            masked_refit(self.problem.hessian, self.problem.weight, self.mask(out.order))
+        return out
+
+    def mask(self, order: torch.Tensor) -> torch.Tensor:
+        return torch.ones_like(self.problem.weight, dtype=torch.bool).scatter_(2, order.long(), False)
+
+    def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
+        order, losses = rank1.sweep(self.problem, groups=self.groups, grid=self.grid)
+        if self.groups is not None:
+            masked_refit(self.problem.hessian, self.problem.weight, self.mask(order[None]))
+        return order, losses
+
+    def first_rows(self, rows: int) -> Case:
+        few = replace(self.problem, weight=self.problem.weight[:, :rows])
+        return Case(self.pattern, few, self.backend)
+
+
+class ParityError(RuntimeError):
+    """The sweep is not right, so its speed is of no interest."""
+
+
+def check(case: Case, out: SweepOutput, oracle_rows: int) -> float:
+    """Compare the first rows with the float64 oracle; returns the share of equal steps."""
+    few = case.first_rows(oracle_rows).sweep("naive")
+    order, losses = out.order[:, :oracle_rows], out.losses[:, :oracle_rows].double().sum(-1)
+    agreement = (order == few.order).double().mean().item()
+    error = (losses / few.losses.double().sum(-1) - 1).abs().max().item()
+    if out.any_broken or agreement < 0.99 or error > 1e-5:
+        raise ParityError(f"{case.pattern}: {agreement:.2%} of the order, loss off by {error:.1e}")
+    return agreement
+
+
+def check_rank1(case: Case, out: SweepOutput, order: torch.Tensor, losses: torch.Tensor) -> None:
+    agreement = (out.order[0] == order).double().mean().item()
+    error = (out.losses[0].double().sum() / losses.double().sum() - 1).abs().item()
+    if agreement < 0.98 or error > 1e-4:
+        raise ParityError(f"{case.pattern} against rank-1: {agreement:.2%} of the order, loss off by {error:.1e}")
+
+
+def measure(rows: int, columns: int, pattern: str, args: argparse.Namespace, layers: int = 1) -> Line:
+    """Time one pattern on one shape, in alternation with the matrix product it is compared with."""
+    timed = min(rows, args.rows) if args.rows else rows
+    case = Case(pattern, make_problem(timed, columns), args.backend)
+    out = case.run()
+    agreement = check(case, out, min(timed, args.oracle_rows))
+    times, speeds = [], []
+    for _ in range(args.repeats if timed * columns**3 < 1e12 else 1):
+        speeds.append(matrix_speed(repeats=1, clock=CLOCKS[args.clock]))
+        times.append(seconds(case.run, CLOCKS[args.clock]))
+    speeds.append(matrix_speed(repeats=1, clock=CLOCKS[args.clock]))
+    taken = statistics.median(times) * rows / timed
+    ideal = 2 / 3 * rows * columns**3 / statistics.median(speeds)
+    ratio = time_rank1(case, out, CLOCKS[args.clock]) * rows / timed / taken if args.rank1 else None
+    peak = peak_memory(case.run) / MIB
+    return Line(f"{rows}x{columns}", pattern, taken, ideal / taken, ratio, peak, agreement, timed < rows, layers)
+
+
+def time_rank1(case: Case, out: SweepOutput, clock: Clock) -> float:
+    result: list[tuple[torch.Tensor, torch.Tensor]] = []
+    taken = seconds(lambda: result.append(case.rank1()), clock)
+    check_rank1(case, out, *result[0])
+    return taken
+
+
+def resnet50() -> Iterator[tuple[int, int, int]]:
+    """``(rows, columns, layers)`` of every distinct shape among the convolutions and the classifier of ResNet-50."""
+    counts: dict[tuple[int, int], int] = {(64, 147): 1, (1000, 2048): 1}
+
+    def add(rows: int, columns: int, layers: int) -> None:
+        counts[rows, columns] = counts.get((rows, columns), 0) + layers
+
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        add(width, inputs, 1)
+        add(width, 4 * width, blocks - 1)
+        add(width, 9 * width, blocks)
+        add(4 * width, width, blocks)
+        add(4 * width, inputs, 1)
+        inputs = 4 * width
+    yield from ((rows, columns, layers) for (rows, columns), layers in sorted(counts.items(), key=_work))
+
+
+def _work(item: tuple[tuple[int, int], int]) -> int:
+    (rows, columns), _ = item
+    return rows * columns**3
+
+
+def table(lines: list[Line]) -> str:
+    """Markdown."""
+    head = "| shape | layers | pattern | time [s] | × rank-1 | share of matrix speed | peak memory [MiB] | same order |"
+    text = [head, "|" + "---|" * 8]
+    for line in lines:
+        mark = " (extrapolated)" if line.extrapolated else ""
+        ratio = "–" if line.rank1_ratio is None else f"{line.rank1_ratio:.0f}"
+        text.append(
+            f"| {line.shape} | {line.layers} | {line.pattern} | {line.seconds:.4g}{mark} | {ratio} | {line.share:.2f} "
+            f"| {line.peak_mib:.0f} | {line.order_agreement:.2%} |"
+        )
+    return "\n".join(text)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["64x576"], metavar="RxD")
+    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=PATTERNS)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-rank1", dest="rank1", action="store_false")
+    parser.add_argument("--oracle-rows", type=int, default=2, help="rows that the float64 oracle checks")
+    parser.add_argument("--rows", type=int, default=0, help="time at most so many rows of a shape and extrapolate")
+    parser.add_argument("--resnet50", action="store_true", help="all layers of ResNet-50, unstructured, without rank-1")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
+    return parser.parse_args(arguments)
+
+
+def lines(args: argparse.Namespace) -> list[Line]:
+    if args.resnet50:
+        args.rank1, args.oracle_rows = False, 1
+        return [measure(rows, columns, "unstructured", args, layers) for rows, columns, layers in resnet50()]
+    shapes = [tuple(int(size) for size in shape.split("x")) for shape in args.shapes]
+    return [measure(rows, columns, pattern, args) for rows, columns in shapes for pattern in args.patterns]
+
+
+def report(measured: list[Line], args: argparse.Namespace) -> str:
+    speed = matrix_speed(clock=CLOCKS[args.clock]) / 1e9
+    text = f"{describe()}, {args.clock} clock\n\nfloat32 matrix speed: {speed:.0f} Gflop/s\n\n{table(measured)}\n"
+    if args.resnet50:
+        total = sum(line.seconds * line.layers for line in measured)
+        mark = ", extrapolated from a part of the rows" if any(line.extrapolated for line in measured) else ""
+        text += f"\nResNet-50, every layer, full sweep: {total:.0f} s = {total / 60:.1f} min{mark}\n"
+    return text
+
+
+def main(arguments: list[str]) -> int:
+    args = parse(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        measured = lines(args)
+    except ParityError as error:
+        print(f"parity is red, no figures: {error}", file=sys.stderr)
+        return 1
+    text = report(measured, args)
+    print(text)
+    if args.name:
+        write: Callable[[str, str], int] = lambda end, body: (  # noqa: E731
+            Path(__file__).parent / "results" / f"{args.name}{end}"
+        ).write_text(body)
+        write(".md", text)
+        write(".json", json.dumps({"machine": describe(), "lines": [asdict(line) for line in measured]}, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
