@@ -302,7 +302,8 @@ def correct_after(
             :func:`~lightning_obc.correction.run_correction`.
     """
     compressed = {row.name: None for report in reports for row in report.layers if row.compressed}
-    quantized = {name for report in reports for name, found in report.solutions.items() if found.grid is not None}
+    # From the rows, not the solutions: a resumed run has only the rows of its earlier stages.
+    quantized = {row.name for report in reports for row in report.layers if row.compressed and row.bits <= 8}
     try:
         return run_correction(model, stage, batches, compressed=list(compressed), quantized=quantized, **options)
     except OBCError as error:

@@ -229,7 +229,7 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 def weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of a layer's weight in the module's own layout."""
-    return tuple(_adapter(module).weight(module).shape)
+    return tuple(_adapter(module).current(module).shape)
 
 
 def _adapter(module: nn.Module) -> LayerAdapter:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_obc import metrics
 from lightning_obc.callbacks.held import HeldLayer
-from lightning_obc.layers import adapter_for, normalise_name, select_layers
+from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.report import StageReport, render
 
 
@@ -16,16 +16,15 @@ def model_figures(model: nn.Module, held: Mapping[str, HeldLayer]) -> dict[str, 
     """Sparsity and bits over all layers that could be compressed, and the compression ratio of all parameters."""
     parameters = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in parameters.items()}
-    modules = {normalise_name(name): module for name, module in model.named_modules()}
-    storage: dict[str, metrics.Storage] = {}
-    for name, layer in held.items():
-        bits, scales = (32, 0) if layer.grid is None else (layer.grid.spec.bits, layer.grid.scale.numel())
-        storage[names[id(_weight(modules[name]))]] = metrics.Storage(bits, layer.pattern, scales)
-    weights = {names[id(_weight(module))]: _weight(module) for module in select_layers(model).values()}
+    layers = select_layers(model)
+    weights = {name: _current(layer) for name, layer in layers.items()}
+    storage = {name: _storage(layer) for name, layer in held.items() if name in layers}
+    # A weight that a parametrization computes is no parameter; in the size of the model its sources count as dense.
+    own = {name: names[id(weight)] for name, weight in weights.items() if id(weight) in names}
     sparsity, bits_metric, ratio = metrics.Sparsity(), metrics.AverageBits(), metrics.CompressionRatio()
     sparsity.update(weights)
-    bits_metric.update(weights, {name: stored for name, stored in storage.items() if name in weights})
-    ratio.update(parameters, storage)
+    bits_metric.update(weights, storage)
+    ratio.update(parameters, {own[name]: stored for name, stored in storage.items() if name in own})
     return {
         "obc/sparsity": float(sparsity.compute()),
         "obc/bits": float(bits_metric.compute()),
@@ -33,10 +32,16 @@ def model_figures(model: nn.Module, held: Mapping[str, HeldLayer]) -> dict[str, 
     }
 
 
-def _weight(module: nn.Module) -> Tensor:
-    adapter = adapter_for(module)
+def _storage(layer: HeldLayer) -> metrics.Storage:
+    if layer.grid is None:
+        return metrics.Storage(32, layer.pattern, 0)
+    return metrics.Storage(layer.grid.spec.bits, layer.pattern, layer.grid.scale.numel())
+
+
+def _current(layer: nn.Module) -> Tensor:
+    adapter = adapter_for(layer)
     assert adapter is not None
-    return adapter.weight(module)
+    return adapter.current(layer)
 
 
 def stage_figures(report: StageReport) -> dict[str, float]:

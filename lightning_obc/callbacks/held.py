@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.errors import FingerprintError, PatternError
+from lightning_obc.errors import FingerprintError, PatternError, UnsupportedLayerError
 from lightning_obc.grids import Grid
-from lightning_obc.layers import LayerAdapter, adapter_for, normalise_name
+from lightning_obc.layers import LayerAdapter, adapter_for, select_layers
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, IntGrid, Pattern, Prune, Quantize, Stage, Structured, Unstructured
 
@@ -114,7 +114,9 @@ class HeldWeights:
             latent = solution.weight.detach().float().cpu() if stage.after == "train" else None
             layer = replace(layer, grid=solution.grid, latent=latent)
         self.layers[name] = layer
-        self._bound[name] = _Bound.make(module, layer)
+        bound = _Bound.make(module, layer)
+        if bound is not None:
+            self._bound[name] = bound
 
     def bind(self, model: nn.Module) -> None:
         """Connect with the weights of a model, which hold the zeros and grid points already.
@@ -123,8 +125,9 @@ class HeldWeights:
             FingerprintError: A held layer is not there, or has another shape.
         """
         self._pull_latents()
-        modules = {normalise_name(name): module for name, module in model.named_modules()}
-        self._bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
+        modules = select_layers(model) if self.layers else {}
+        bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
+        self._bound = {name: held for name, held in bound.items() if held is not None}
 
     def unbind(self) -> None:
         """Let go of the model; what is held stays held."""
@@ -184,9 +187,12 @@ class _Bound:
     last: Tensor | None = None
 
     @classmethod
-    def make(cls, module: nn.Module, layer: HeldLayer) -> _Bound:
+    def make(cls, module: nn.Module, layer: HeldLayer) -> _Bound | None:
+        """None for a weight that a parametrization computes: nothing can be held there while training."""
         adapter = adapter_for(module)
         assert adapter is not None
+        if is_computed(module):
+            return None
         weight = adapter.weight(module)
         pruned = None
         if layer.mask is not None:
@@ -212,6 +218,17 @@ class _Bound:
             self.weight.masked_fill_(self.pruned, 0.0)
         if self.last is not None:
             self.last.copy_(self.weight)
+
+
+def is_computed(module: nn.Module) -> bool:
+    """True when a layer's weight is computed by a parametrization, so that there is no tensor to hold."""
+    adapter = adapter_for(module)
+    assert adapter is not None
+    try:
+        adapter.weight(module)
+    except UnsupportedLayerError:
+        return True
+    return False
 
 
 def _moved(grid: Grid, device: torch.device) -> Grid:

@@ -13,10 +13,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
-from lightning_obc.callbacks.passes import checked_plans, collector
+from lightning_obc.callbacks.passes import checked_plans, collector, references
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
     Timetable,
@@ -28,9 +29,12 @@ from lightning_obc.callbacks.timetable import (
     check_order,
     expand,
 )
+from lightning_obc.correction import DenseReference
+from lightning_obc.correction_spec import Correct
 from lightning_obc.layers import unsupported_layers
-from lightning_obc.pipeline import plan_stage, run_stage
+from lightning_obc.pipeline import correct_after, plan_stage, run_stage
 from lightning_obc.report import CompressionReport
+from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 
 
@@ -48,7 +52,7 @@ class OBCCallback(Callback):
     if it has one, else through its ``forward``.
 
     Args:
-        stages: What to do, in order: ``Prune`` and ``Quantize`` stages.
+        stages: What to do, in order: ``Prune``, ``Quantize`` and ``Correct`` stages.
         calibration: How much data to calibrate on.
         on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
         save_checkpoint: Write a checkpoint of the compressed model at the end: True puts ``compressed.ckpt`` beside
@@ -95,7 +99,8 @@ class OBCCallback(Callback):
         module = self._module() if self._module is not None else None
         if module is None or not self._state.reports:
             return None
-        return CompressionReport(module, list(self._state.reports), unsupported_layers(module), dict(self._figures))
+        left, state = unsupported_layers(module), self._state
+        return CompressionReport(module, list(state.reports), left, dict(self._figures), list(state.corrections))
 
     # State in checkpoints.
     @property
@@ -194,12 +199,24 @@ class OBCCallback(Callback):
     def _run_due(
         self, trainer: Trainer, module: LightningModule, is_due: Callable[[Stage], bool], *, fitting: bool = True
     ) -> None:
-        for index in self._state.timetable.due(is_due, fitting=fitting):
-            # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
-            with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
-                if not self._state.timetable.started:
-                    self._measure_dense(trainer)
-                self._run(trainer, module, index, display)
+        due = self._state.timetable.due(is_due, fitting=fitting)
+        if not due:
+            return
+        stages = {index: self._state.timetable.stages[index] for index in due}
+        # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
+        with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
+            if not self._state.timetable.started:
+                self._measure_dense(trainer)
+            collect = collector(trainer, module, self.calibration, display)
+            dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
+            for index, stage in stages.items():
+                figures: dict[str, float] = {}
+                if isinstance(stage, Correct):
+                    self._correct(module, stage, collect, dense[index])
+                else:
+                    figures = self._compress(module, stage, collect, display)
+                self._state.timetable.done.append(index)
+                self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
     def _measure_dense(self, trainer: Trainer) -> None:
         self._state.dense_when = f"just before the first stage ({_when(trainer)})"
@@ -207,20 +224,30 @@ class OBCCallback(Callback):
         if self.compare:
             self._state.dense = compat.evaluate(trainer)
 
-    def _run(self, trainer: Trainer, module: LightningModule, index: int, display: Display) -> None:
-        state, stage = self._state, self._state.timetable.stages[index]
+    def _compress(
+        self, module: LightningModule, stage: Stage, collect: Collector, display: Display
+    ) -> dict[str, float]:
         plan = plan_stage(module, stage, self.calibration)
         if self.verbose:
             module.print(f"\n{plan}")
-        collect = collector(trainer, module, self.calibration, display)
         report = run_stage(module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan)
         for name, solution in report.solutions.items():
-            state.held.hold(name, plan.modules[name], stage, solution)
-        state.timetable.done.append(index)
-        state.reports.append(report)
+            self._state.held.hold(name, plan.modules[name], stage, solution)
+        self._state.reports.append(report)
         if self.verbose:
             module.print(f"\n{report.table()}")
-        self._log(trainer, {**stage_figures(report), **model_figures(module, state.held.layers)})
+        return stage_figures(report)
+
+    def _correct(
+        self, module: LightningModule, stage: Correct, collect: Collector, dense: Optional[DenseReference]
+    ) -> None:
+        options: dict[str, Any] = {"dense": dense, "forward": collect.forward, "progress": collect.progress}
+        reports = self._state.reports
+        report = correct_after(module, stage, collect.batches, reports, on_failure=self.on_failure, **options)
+        self._state.held.apply_()
+        self._state.corrections.append(report)
+        if self.verbose:
+            module.print(f"\n{correction_table(report)}")
 
     def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         # One point per stage on the step axis; self.log would average the stages of one epoch, and is not allowed in

@@ -11,7 +11,10 @@ from torch import nn
 from lightning_obc.calibration import Collector, calibration_batches, call_forward
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
-from lightning_obc.errors import ScheduleError
+from lightning_obc.callbacks.held import is_computed
+from lightning_obc.correction import DenseReference, dense_references
+from lightning_obc.correction_spec import Correct
+from lightning_obc.errors import ScheduleError, UnsupportedLayerError
 from lightning_obc.layers import select_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
@@ -35,6 +38,7 @@ def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, s
     check_schedule(module, stages)
     for stage in stages:
         plan_stage(module, stage)
+    _check_holdable(module, stages)
     mine = _layers(module, stages)
     for other in compat.callbacks(trainer):
         if isinstance(other, type(callback)) and other is not callback:
@@ -49,7 +53,23 @@ def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, s
 
 
 def _layers(module: nn.Module, stages: Sequence[Stage]) -> set[str]:
-    return {name for stage in stages for name in select_layers(module, stage.layers, stage.exclude)}
+    return {name for stage in _compressing(stages) for name in select_layers(module, stage.layers, stage.exclude)}
+
+
+def _compressing(stages: Sequence[Stage]) -> list[Stage]:
+    return [stage for stage in stages if not isinstance(stage, Correct)]
+
+
+def _check_holdable(module: nn.Module, stages: Sequence[Stage]) -> None:
+    layers = [select_layers(module, stage.layers, stage.exclude) for stage in _compressing(stages)]
+    computed = sorted({name for found in layers for name, layer in found.items() if is_computed(layer)})
+    if computed:
+        raise UnsupportedLayerError(
+            "Weights that a parametrization computes cannot be held while training",
+            got=", ".join(computed),
+            expected="weights that are parameters of their own",
+            remedy="exclude them, remove their parametrization, or compress after training",
+        )
 
 
 def collector(trainer: Trainer, module: LightningModule, spec: Calibration, display: Display) -> Collector:
@@ -62,3 +82,9 @@ def collector(trainer: Trainer, module: LightningModule, spec: Calibration, disp
 
     batches = calibration_batches(compat.calibration_source(trainer), spec)
     return Collector(module, batches, spec, forward=forward, progress=display.update)
+
+
+def references(collect: Collector, stages: Sequence[Stage]) -> list[DenseReference | None]:
+    """What each of the stages that run at one time needs of the model as it is before the first of them."""
+    found = dense_references(collect.model, stages, collect.batches, forward=collect.forward, progress=collect.progress)
+    return [found.get(index) for index in range(len(stages))]

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.timetable import Timetable
+from lightning_obc.correction import CorrectionReport
 from lightning_obc.errors import FingerprintError
 from lightning_obc.report import LayerReport, StageReport
 from lightning_obc.specs import Stage
@@ -24,6 +25,7 @@ class RunState:
         timetable: Which stages are done.
         held: Masks and grids that training must keep.
         reports: One report per finished stage; without solutions after a resume.
+        corrections: One report per finished correction of this run; they are not written into checkpoints.
         dense: Validation figures of the model before the first stage.
         dense_when: When they were measured.
         dense_step: Optimizer steps at that time.
@@ -32,6 +34,7 @@ class RunState:
     timetable: Timetable
     held: HeldWeights = field(default_factory=HeldWeights)
     reports: list[StageReport] = field(default_factory=list)
+    corrections: list[CorrectionReport] = field(default_factory=list)
     dense: dict[str, float] = field(default_factory=dict)
     dense_when: str = ""
     dense_step: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ScheduleError
 from lightning_obc.schedules import Plateau, times
 from lightning_obc.specs import Prune, Stage
@@ -28,6 +29,7 @@ def check_order(stages: Sequence[Stage], *, max_epochs: int | None = None, max_s
     Raises:
         ScheduleError: A time that comes before that of an earlier stage, or after the end of the training.
     """
+    _check_corrections(stages)
     training = [stage for stage in stages if stage.at != "validate"]
     last: dict[str, tuple[int, Stage]] = {}
     rank = (0, training[0]) if training else None
@@ -42,6 +44,20 @@ def check_order(stages: Sequence[Stage], *, max_epochs: int | None = None, max_s
                 raise _disorder(last[unit][1], stage)
             last[unit] = (number, stage)
             _check_reachable(stage, unit, number, {"epoch": max_epochs, "step": max_steps}[unit])
+
+
+def _check_corrections(stages: Sequence[Stage]) -> None:
+    """Training moves the model on: a reference is only good for the stages that run at the same time."""
+    for index, stage in enumerate(stages):
+        if not (isinstance(stage, Correct) and stage.needs_dense):
+            continue
+        if not any(not isinstance(other, Correct) and other.at == stage.at for other in stages[:index]):
+            raise ScheduleError(
+                f"{stage} has nothing to correct at its time",
+                got=f"at={stage.at!r} without a Prune or Quantize before it at that time",
+                expected="a correction behind the stages it corrects, at the same time",
+                remedy='give it the same at, or use method="batch_norm", which needs no dense model',
+            )
 
 
 def _check_reachable(stage: Stage, unit: str, number: int, limit: int | None) -> None:
