@@ -18,8 +18,7 @@ Selection = Literal["heap", "sorted", "hull"]
 Misfit = Literal["error", "skip", "pad"]
 
 
-# --------------------------------------------------------------------------------------------- patterns
-class Pattern(ABC):
+class Pattern(ABC):  # noqa: B024 (a common type for annotations and YAML)
     """A sparsity pattern. Subclasses are frozen dataclasses."""
 
 
@@ -151,7 +150,6 @@ def parse_pattern(value: Union[str, float, Pattern]) -> Pattern:
     raise SpecError("A pattern has the wrong type", got=type(value).__name__, expected="str, float or Pattern")
 
 
-# ------------------------------------------------------------------------------------------------ grids
 @dataclass(frozen=True)
 class IntGrid:
     """An integer quantization grid (paper, section 5 and appendix).
@@ -207,7 +205,6 @@ def parse_grid(value: Union[int, IntGrid]) -> IntGrid:
     return value if isinstance(value, IntGrid) else IntGrid(value)
 
 
-# ----------------------------------------------------------------------------------------------- stages
 class Stage(ABC):
     """One step of a compression recipe. Subclasses are frozen dataclasses with at least these fields."""
 
