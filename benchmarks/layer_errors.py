@@ -167,8 +167,8 @@ def report(network: Network, rows: list[Row]) -> str:
         [
             f"## {network.name}",
             f"{len(network.layers)} layers, {network.data}. Cells: relative squared output error in percent, geometric "
-            "mean over layers, calibration / held out. Grids: asymmetric, per channel, MSE range search (refined codes also "
-            "refit their scales).",
+            "mean over layers, calibration / held out. Grids: asymmetric, per channel, MSE range search (refined codes "
+            "also refit their scales).",
             table(network, rows, "bits"),
             table(network, rows, "pattern"),
             "\n".join(f"* {line}." for line in findings(rows)),
