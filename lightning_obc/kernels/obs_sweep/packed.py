@@ -95,35 +95,75 @@ def correct(panel: Array, chunk: int, pivot: int, step: int, steps: int, tile: i
 @_jit
 def flush(source: Array, target: Array, size: int, panel: Array, depth: int, steps: int, tile: int) -> None:
     """``target = source - V Vᵀ`` on the leading ``size`` rows, with the first ``depth`` columns of the panel."""
-    for block in range((size + WIDTH - 1) // WIDTH):
-        for column in range(block * WIDTH, (block + 1) * WIDTH, tile):
-            start, right = at(0, column), panel_at(column, 0, steps)
-            for row in range(0, min(column + tile, (block + 1) * WIDTH), FLUSH_ROWS):
-                here, left = start + row * WIDTH, panel_at(row, 0, steps)
-                flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
+    for first in range(0, size, WIDTH):
+        _flush_rows(first, source, target, size, panel, depth, steps, tile)
+
+
+@_jit
+def _flush_rows(
+    first: int, source: Array, target: Array, size: int, panel: Array, depth: int, steps: int, tile: int
+) -> None:
+    """The flush of one block of rows."""
+    for column in range(first, size, tile):
+        start, right = at(0, column), panel_at(column, 0, steps)
+        for row in range(first, min(column + tile, first + WIDTH), FLUSH_ROWS):
+            here, left = start + row * WIDTH, panel_at(row, 0, steps)
+            flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
 
 
 @_jit
 def refill(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
-    """Rows and columns ``mover[k] >= size`` take the places of ``hole[k] < size``.
+    """Rows and columns ``mover[k] >= size`` take the places of ``hole[k] < size``."""
+    _refill_rows(packed, size, hole, mover, moves)
+    for first in range(0, size, WIDTH):
+        _refill_columns(first, packed, size, hole, mover, moves)
 
-    Row block by row block: the movers, which are the last columns, then stay in the first-level cache for all holes.
-    """
+
+@_jit
+def refill_and_flush(
+    packed: Array,
+    size: int,
+    hole: IntArray,
+    mover: IntArray,
+    moves: int,
+    panel: Array,
+    depth: int,
+    steps: int,
+    tile: int,
+) -> None:
+    """Both in one pass over the matrix: a hole's scattered cache lines are touched when the flush needs them anyway."""
+    _refill_rows(packed, size, hole, mover, moves)
+    for first in range(0, size, WIDTH):
+        _refill_columns(first, packed, size, hole, mover, moves)
+        _flush_rows(first, packed, packed, size, panel, depth, steps, tile)
+
+
+@_jit
+def _refill_rows(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
+    """The part of every hole to the right of its diagonal. Movers first exchange their rows for those of the holes."""
+    for k in range(moves):
+        for j in range(moves):
+            value = packed[at(min(mover[j], mover[k]), max(mover[j], mover[k]))]
+            packed[at(hole[j], mover[k])] = value
+            if j == k:
+                packed[at(hole[k], hole[k])] = value
     for first in range(0, size, WIDTH):
         end = min(first + WIDTH, size)
         for k in range(moves):
-            here = hole[k]
-            source, target = np.uint64(at(first, mover[k])), np.uint64(at(first, here))
-            for i in range(min(end, here) - first):
-                packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
-            start = max(first, here + 1)
-            source, target = np.uint64(at(start, mover[k])), np.uint64(at(here, start))
+            start = max(first, hole[k] + 1)
+            source, target = np.uint64(at(start, mover[k])), np.uint64(at(hole[k], start))
             for i in range(end - start):
                 packed[target + np.uint64(i)] = packed[source + np.uint64(i * WIDTH)]
+
+
+@_jit
+def _refill_columns(first: int, packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
+    """The part of every hole above its diagonal, in one block of rows."""
+    end = min(first + WIDTH, size)
     for k in range(moves):
-        for j in range(k + 1):
-            source = np.uint64(at(min(mover[j], mover[k]), max(mover[j], mover[k])))
-            packed[at(min(hole[j], hole[k]), max(hole[j], hole[k]))] = packed[source]
+        source, target = np.uint64(at(first, mover[k])), np.uint64(at(first, hole[k]))
+        for i in range(min(end, hole[k]) - first):
+            packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
 
 
 @_jit

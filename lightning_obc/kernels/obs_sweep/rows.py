@@ -28,6 +28,7 @@ from lightning_obc.kernels.obs_sweep.packed import (
     invert_,
     panel_at,
     refill,
+    refill_and_flush,
 )
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
@@ -135,10 +136,11 @@ def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tup
             return done, status == BROKEN
         if status == CONTINUE and shared:
             flush(source, s.packed, size, s.panel, taken, steps, o.flush_width)
-            size = _compact(size, leaving, 0, steps, s)
+            size, moves = _compact(size, leaving, 0, steps, s)
+            refill(s.packed, size, s.hole, s.mover, moves)
         elif status == CONTINUE:
-            size = _compact(size, leaving, taken, steps, s)
-            flush(s.packed, s.packed, size, s.panel, taken, steps, o.flush_width)
+            size, moves = _compact(size, leaving, taken, steps, s)
+            refill_and_flush(s.packed, size, s.hole, s.mover, moves, s.panel, taken, steps, o.flush_width)
         source, shared = s.packed, False
 
 
@@ -378,8 +380,8 @@ def _score_quantize(
 
 
 @_jit
-def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> int:
-    """Move the last positions into the holes of those that leave. Returns the new size."""
+def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> tuple[int, int]:
+    """Move the last positions into the holes of those that leave, but for ``G``. Returns the new size and the moves."""
     smaller, last, moves = size - leaving, size - 1, 0
     for k in range(leaving):
         s.position[s.column[s.leaving[k]]] = -1
@@ -397,8 +399,7 @@ def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> int
         s.position[s.column[hole]] = hole
         s.hole[moves], s.mover[moves] = hole, last
         moves, last = moves + 1, last - 1
-    refill(s.packed, smaller, s.hole, s.mover, moves)
-    return smaller
+    return smaller, moves
 
 
 @_jit
