@@ -17,6 +17,8 @@ from lightning_obc.errors import NonFiniteError, NotPositiveDefiniteError, Shape
 _DEAD_DIAGONAL = 1e-8
 _FIRST_DAMPING = 1e-6
 _BUDGET_SHARE = 0.25
+_WIDE_ROW = 64
+_REFINEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -187,17 +189,17 @@ def masked_refit(
     budget = resolve_budget(memory_budget, dense.device)
     lost = (target * ~mask) @ damped_hessian
     lost = lost.reshape(groups * rows, columns)
+    scaled_hessian = _Scaled.of(damped_hessian)
+    scaled_inverse = scaled_hessian if inverse is None else _Scaled.of(inverse)
     for chosen in _size_chunks(size, moved & ~few_pruned, budget):
         picked, real = padded_columns(kept[chosen])
-        matrix = submatrix(damped_hessian, chosen // rows, picked, real)
-        step = _solve(matrix, lost[chosen].gather(1, picked) * real)
+        step = _solve_on(scaled_hessian, chosen // rows, picked, real, lost[chosen].gather(1, picked))
         result[chosen] = result[chosen].scatter_add(1, picked, step * real)
     for chosen in _size_chunks(size, moved & few_pruned, budget):
         assert inverse is not None
         picked, real = padded_columns(~kept[chosen])
-        matrix = submatrix(inverse, chosen // rows, picked, real)
-        step = torch.zeros_like(flat[chosen])
-        step.scatter_add_(1, picked, _solve(matrix, flat[chosen].gather(1, picked) * real) * real)
+        solution = _solve_on(scaled_inverse, chosen // rows, picked, real, flat[chosen].gather(1, picked))
+        step = torch.zeros_like(flat[chosen]).scatter_add_(1, picked, solution * real)
         moved_by = rowwise_product(step, inverse, chosen // rows)
         result[chosen] = torch.where(kept[chosen], flat[chosen] - moved_by, torch.zeros_like(step))
     return result.reshape(groups, rows, columns) + 0.0
@@ -231,7 +233,13 @@ def padded_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
 
 def submatrix(matrix: Tensor, problem: Tensor, picked: Tensor, real: Tensor) -> Tensor:
     """``matrix[problem][picked, picked]`` for every row, with the identity at the padding: ``[P, k, k]``."""
-    sub = matrix[problem[:, None, None], picked[:, :, None], picked[:, None, :]]
+    if matrix.device.type == "cpu" and picked.shape[1] >= _WIDE_ROW:
+        # Row by row, two contiguous selections are faster than one indexed gather.
+        sub = matrix.new_empty(*picked.shape, picked.shape[1])
+        for row, (g, columns) in enumerate(zip(problem.tolist(), picked, strict=True)):
+            torch.index_select(matrix[g].index_select(0, columns), 1, columns, out=sub[row])
+    else:
+        sub = matrix[problem[:, None, None], picked[:, :, None], picked[:, None, :]]
     if bool(real.all()):
         return sub
     sub *= real[:, :, None] & real[:, None, :]
@@ -239,16 +247,69 @@ def submatrix(matrix: Tensor, problem: Tensor, picked: Tensor, real: Tensor) -> 
     return sub
 
 
-def _solve(matrix: Tensor, right: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    if bool((info != 0).any()):
-        raise NotPositiveDefiniteError(
-            "A Hessian restricted to the kept columns is not positive definite",
-            got=f"{int((info != 0).sum())} of {len(info)} rows fail",
-            expected="a positive definite damped Hessian",
-            remedy="raise damping",
-        )
-    return torch.cholesky_solve(right[:, :, None], factor)[:, :, 0]
+@dataclass(frozen=True)
+class _Scaled:
+    """A positive definite matrix ``M`` as ``D⁻¹ N D⁻¹`` with ``N`` of unit diagonal, in both precisions."""
+
+    unit: Tensor  # [g, d], the diagonal of D
+    exact: Tensor  # [g, d, d] float64, N
+    rough: Tensor  # float32
+
+    @staticmethod
+    def of(matrix: Tensor) -> _Scaled:
+        unit = matrix.diagonal(dim1=1, dim2=2).rsqrt()
+        exact = matrix * unit[:, :, None] * unit[:, None, :]
+        return _Scaled(unit, exact, exact.to(torch.float32))
+
+
+def _solve_on(scaled: _Scaled, problem: Tensor, picked: Tensor, real: Tensor, right: Tensor) -> Tensor:
+    """Solve ``M_QQ x = right`` for every row's ``Q``, to float64 accuracy.
+
+    A float32 factor does the work and float64 residuals correct it; rows on which that does not reach the backward
+    error of a float64 factorisation get one.
+    """
+    unit = scaled.unit[problem].gather(1, picked) * real
+    right = right * unit
+    solution, good = _refine(scaled, problem, picked, real, right)
+    left = (~good).nonzero().flatten()
+    # The budget counts float64 matrices, so the rows left over fit it too.
+    if len(left) > 0:
+        matrix = submatrix(scaled.exact, problem[left], picked[left], real[left])
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if bool((info != 0).any()):
+            raise NotPositiveDefiniteError(
+                "A Hessian restricted to some of its columns is not positive definite",
+                got=f"{int((info != 0).sum())} rows fail",
+                expected="a positive definite damped Hessian",
+                remedy="raise damping",
+            )
+        solution[left] = _substitute(factor, right[left])
+    return solution * unit
+
+
+def _refine(scaled: _Scaled, problem: Tensor, picked: Tensor, real: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Iterative refinement; returns the solutions ``[P, k]`` and the rows ``[P]`` on which it converged."""
+    factor, info = torch.linalg.cholesky_ex(submatrix(scaled.rough, problem, picked, real))
+    solution, residual = torch.zeros_like(right), right
+    size, eps = picked.shape[1], torch.finfo(right.dtype).eps
+    good = torch.zeros_like(info, dtype=torch.bool)
+    spread = right.new_zeros(len(right), scaled.exact.shape[1])
+    for _ in range(_REFINEMENTS):
+        norm = residual.norm(dim=1, keepdim=True).clamp(min=torch.finfo(right.dtype).tiny)
+        solution = solution + _substitute(factor, (residual / norm).to(torch.float32)).to(right.dtype) * norm
+        spread = spread.zero_().scatter_add_(1, picked, solution * real)
+        residual = right - rowwise_product(spread, scaled.exact, problem).gather(1, picked) * real
+        bound = eps * (right.norm(dim=1) + size * solution.norm(dim=1))
+        good = (info == 0) & (residual.norm(dim=1) <= bound)
+        if bool(good.all()):
+            break
+    return solution, good
+
+
+def _substitute(factor: Tensor, right: Tensor) -> Tensor:
+    """Solve with a lower Cholesky factor."""
+    half = torch.linalg.solve_triangular(factor, right[:, :, None], upper=False)
+    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, :, 0]
 
 
 def rowwise_product(rows: Tensor, matrix: Tensor, problem: Tensor) -> Tensor:

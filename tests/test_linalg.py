@@ -129,6 +129,23 @@ def test_refit_is_not_worse_than_any_perturbation() -> None:
         assert (other @ h * other).sum() >= loss
 
 
+@pytest.mark.parametrize("damping", [1e-1, 1e-4, 1e-10])
+@pytest.mark.parametrize("with_inverse", [False, True])
+def test_refit_is_accurate_where_float32_is_not(damping: float, with_inverse: bool) -> None:
+    """Refinement converges at the first two dampings; the third needs, and gets, a float64 factor."""
+    result = safe_inverse(hessian(2, 150, 60) * 1e30, damping)
+    generator = torch.Generator().manual_seed(3)
+    dense = torch.randn(2, 3, 150, generator=generator, dtype=torch.float64)
+    mask = torch.rand(2, 3, 150, generator=generator) < 0.7
+    inverse = result.inverse if with_inverse else None
+    got = masked_refit(result.damped_hessian, dense, mask, inverse=inverse)
+    gradient = ((got - dense) @ result.damped_hessian) * mask
+    scale = (got - dense).norm() * result.damped_hessian.norm()
+    assert (gradient.norm() / scale).item() < 1e-12 / (damping if with_inverse else 1)
+    condition = 300 / damping
+    torch.testing.assert_close(got, dense_refit(result.damped_hessian, dense, mask), rtol=0, atol=1e-14 * condition)
+
+
 def test_refit_refuses_an_indefinite_matrix() -> None:
     h = -torch.eye(3, dtype=torch.float64)[None]
     mask = torch.tensor([[[True, True, False]]])
