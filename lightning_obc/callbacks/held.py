@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.errors import FingerprintError, PatternError, UnsupportedLayerError
+from lightning_obc.errors import FingerprintError, LayerNotFoundError, PatternError, UnsupportedLayerError
 from lightning_obc.grids import Grid
 from lightning_obc.layers import LayerAdapter, adapter_for, select_layers
 from lightning_obc.obs.solution import LayerSolution
@@ -125,7 +125,7 @@ class HeldWeights:
             FingerprintError: A held layer is not there, or has another shape.
         """
         self._pull_latents()
-        modules = select_layers(model) if self.layers else {}
+        modules = _compressible(model) if self.layers else {}
         bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
         self._bound = {name: held for name, held in bound.items() if held is not None}
 
@@ -152,6 +152,13 @@ class HeldWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._bound = {}
         self.layers = {name: HeldLayer.from_state(layer) for name, layer in state.items()}
+
+
+def _compressible(model: nn.Module) -> Mapping[str, nn.Module]:
+    try:
+        return select_layers(model)
+    except LayerNotFoundError:
+        return {}
 
 
 def _find(modules: Mapping[str, nn.Module], name: str, layer: HeldLayer) -> nn.Module:
