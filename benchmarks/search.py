@@ -64,7 +64,7 @@ def trained_digits() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Te
     return model.eval(), (train[0], train[1]), (torch.cat([val[0], test[0]]), torch.cat([val[1], test[1]]))
 
 
-def digits(out: Path) -> str:
+def digits(out: Path, keep: Path | None) -> str:
     """Curves of the digits network for FLOPs and BOPs, and the size of a database of 45 levels."""
     model, (images, labels), (unseen, truth) = trained_digits()
     batches, targets = list(images[:1024].split(128)), labels[:1024]
@@ -103,10 +103,10 @@ def digits(out: Path) -> str:
     return "\n\n".join(parts)
 
 
-def encoder(out: Path) -> str:
+def encoder(out: Path, keep: Path | None) -> str:
     """Curve of the sentence encoder for FLOPs. The layers with 1536 inputs stay dense, and are counted."""
-    model, fit, unseen = _encoder(128)
-    batches = [{"input_ids": ids} for ids in fit.split(32)]
+    model, fit, unseen = _encoder(64)
+    batches = [{"input_ids": ids} for ids in fit.split(16)]
     held_out = [{"input_ids": ids} for ids in unseen.split(32)]
 
     def embed(other: nn.Module) -> Tensor:
@@ -121,9 +121,10 @@ def encoder(out: Path) -> str:
         lambda other: float((embed(other) * dense).sum(1).mean()),
         cost="flops",
         levels=unstructured_ladder(0.1),
-        methods=["uniform", "dp"],
+        spdy=SPDY(starts=0, tries=100, share=0.2, evaluations=40),
+        directory=keep,
         exclude=_wide(model),
-        calibration=Calibration(samples=128),
+        calibration=Calibration(samples=64),
         forward=lambda other, batch: other(**batch).last_hidden_state,
         progress=_say("encoder"),
     )
@@ -149,7 +150,7 @@ def _wide(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if getattr(module, "in_features", 0) > 1000] + ["pooler*"]
 
 
-def programme(out: Path) -> str:
+def programme(out: Path, keep: Path | None) -> str:
     """Time of the dynamic programme: median and slowest of nine."""
     random = np.random.default_rng(0)
     density = 0.9 ** np.arange(50)
@@ -197,17 +198,18 @@ def _uniform(result: SearchResult, budget: float) -> float:
     return found[0] if found else float("-inf")
 
 
-PARTS: dict[str, Callable[[Path], str]] = {"digits": digits, "encoder": encoder, "programme": programme}
+PARTS: dict[str, Callable[[Path, Path | None], str]] = {"digits": digits, "encoder": encoder, "programme": programme}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--keep", type=Path, help="directory in which the encoder's database is kept")
     options: Any = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.parts or list(PARTS):
-        text = PARTS[name](options.out)
+        text = PARTS[name](options.out, options.keep)
         print(text)
         (options.out / f"search-{name}.md").write_text(f"{text}\n\nRan on {describe()}.\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,9 +55,7 @@ def swap_losses(
         NonFiniteError: The loss of the dense model is not finite. A level's own loss may be: it scores infinity.
     """
     dense = dict.fromkeys(database.layers, Level().name)
-    base = float(evaluate(dense))
-    if not torch.isfinite(torch.tensor(base)):
-        raise NonFiniteError("The loss of the dense model is not finite", got=base, expected="a finite loss")
+    base = _finite_base(evaluate(dense))
     chosen = None if levels is None else {level.name for level in levels}
     scores: CostTable = {}
     for name in database.layers:
@@ -64,8 +63,50 @@ def swap_losses(
         scores[name] = {}
         for level in names:
             value = 0.0 if level == Level().name else float(evaluate(dense | {name: level})) - base
-            scores[name][level] = float("inf") if value != value else max(0.0, value)
+            scores[name][level] = math.inf if math.isnan(value) else max(0.0, value)
     return scores
+
+
+def sensitivity_scores(
+    errors: CostTable, evaluate: Callable[[dict[str, str]], float], *, share: float = 0.5
+) -> CostTable:
+    """Layer errors scaled by what they do to the model's loss, measured at one level of every layer.
+
+    A layer's relative error says nothing about how much the model minds it. To second order its effect on the loss is
+    proportional to it, so one evaluation per layer, with that layer alone at a middling level, gives the factor.
+
+    Args:
+        errors: ``{layer: {level: relative error}}``; see :func:`layer_errors`.
+        evaluate: ``evaluate(profile)``, the loss of the model with ``profile`` stitched in, on calibration data.
+        share: Which level is measured: the one this far along the layer's levels in ascending order of error.
+
+    Raises:
+        NonFiniteError: The loss of the dense model, or of every single change, is not finite.
+    """
+    dense = dict.fromkeys(errors, Level().name)
+    base = _finite_base(evaluate(dense))
+    factors: dict[str, float] = {}
+    for name, row in errors.items():
+        ordered = sorted((error, level) for level, error in row.items() if error > 0)
+        if ordered:
+            error, level = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+            factors[name] = (float(evaluate(dense | {name: level})) - base) / error
+    known = [factor for factor in factors.values() if math.isfinite(factor)]
+    if factors and not known:
+        raise NonFiniteError("No single change of a layer has a finite loss", expected="finite losses")
+    # A layer that the model seems not to mind still costs something; one that breaks it costs the most.
+    low, high = 1e-3 * max([*known, 0.0]), max([*known, 0.0])
+    scaled = {name: max(factor, low) if math.isfinite(factor) else high for name, factor in factors.items()}
+    return {
+        name: {level: scaled.get(name, 1.0) * error for level, error in row.items()} for name, row in errors.items()
+    }
+
+
+def _finite_base(value: float) -> float:
+    base = float(value)
+    if not math.isfinite(base):
+        raise NonFiniteError("The loss of the dense model is not finite", got=base, expected="a finite loss")
+    return base
 
 
 def activation_losses(

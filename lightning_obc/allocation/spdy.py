@@ -33,8 +33,8 @@ class SPDY:
         evaluations: Most profiles that are evaluated; None sets no limit. A profile met again costs nothing.
         seconds: Wall time after which no new profile is evaluated; None sets no limit.
         seed: Seed of the coefficients.
-        prior: Scores that the coefficients multiply: SPDY's ``"quadratic"`` in the rank of the cost, or the layer
-            ``"error"`` that the dynamic programme minimises, so that the search sets out from that programme's profile.
+        prior: What the coefficients multiply: SPDY's ``"quadratic"`` scores in the rank of the cost, or the
+            ``"scores"`` of the dynamic programme, so that the search sets out from that programme's profile.
     """
 
     starts: int = 100
@@ -43,7 +43,7 @@ class SPDY:
     evaluations: int | None = None
     seconds: float | None = None
     seed: int = 0
-    prior: Literal["quadratic", "error"] = "error"
+    prior: Literal["quadratic", "scores"] = "scores"
 
     def __post_init__(self) -> None:
         if self.starts < 0 or self.tries < 0 or self.starts + self.tries == 0:
@@ -52,8 +52,8 @@ class SPDY:
             )
         if not 0 < self.share <= 1:
             raise SpecError("SPDY.share is not possible", got=self.share, expected="a share of the layers in (0, 1]")
-        if self.prior not in ("quadratic", "error"):
-            raise SpecError("SPDY.prior is unknown", got=repr(self.prior), expected='"quadratic" or "error"')
+        if self.prior not in ("quadratic", "scores"):
+            raise SpecError("SPDY.prior is unknown", got=repr(self.prior), expected='"quadratic" or "scores"')
         for name in ("evaluations", "seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
 from lightning_obc.allocation.build import build_database
@@ -22,15 +22,14 @@ from lightning_obc.allocation.curve import CurvePoint, Method, SearchResult
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.latency import LatencyTable
 from lightning_obc.allocation.levels import Level, product, unstructured_ladder
-from lightning_obc.allocation.scores import activation_losses, layer_errors, swap_losses
+from lightning_obc.allocation.output_error import OutputError
+from lightning_obc.allocation.scores import activation_losses, layer_errors, sensitivity_scores, swap_losses
 from lightning_obc.allocation.search import Profile, Programme, check_budgets
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.spdy import SPDY, spdy_scores, spdy_search
 from lightning_obc.allocation.stitch import stitch
-from lightning_obc.calibration import CalibrationBatches, calibration_batches, call_forward, collect_hessians
-from lightning_obc.calibration.collect import undisturbed
-from lightning_obc.calibration.rng import preserved_rng
-from lightning_obc.errors import CalibrationError, SpecError
+from lightning_obc.calibration import CalibrationBatches, calibration_batches, collect_hessians
+from lightning_obc.errors import SpecError
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.layers.parts import LayerPart
@@ -60,7 +59,7 @@ def search(
     cost: CostName | LatencyTable = "bops",
     levels: Sequence[Level] | None = None,
     methods: Sequence[Method] = METHODS,
-    scores: Literal["error", "loss"] = "error",
+    scores: Literal["error", "sensitivity", "loss"] = "sensitivity",
     loss: Callable[[nn.Module], float] | None = None,
     correct: Callable[[nn.Module], Any] | None = None,
     directory: str | Path | None = None,
@@ -87,8 +86,9 @@ def search(
             cost dense.
         levels: Levels to choose from; None takes :func:`default_levels`.
         methods: ``"uniform"`` (one level for all layers), ``"dp"`` (dynamic programme on scores), ``"spdy"``.
-        scores: Of the programme: relative layer ``"error"``, or ``"loss"`` (increase of the calibration loss when one
-            layer alone is swapped; one evaluation per layer and level).
+        scores: Of the programme: relative layer ``"error"``; ``"sensitivity"``, the same scaled by the increase of the
+            calibration loss when that layer alone takes a middling level (one evaluation per layer); or ``"loss"``,
+            that increase for every level (one evaluation per layer and level).
         loss: ``loss(model)`` on calibration data, smaller is better. None means the squared error of the model's
             outputs on the calibration batches, relative to the dense model's.
         correct: ``correct(model)`` runs after every stitching, for example a batch-norm reset.
@@ -206,45 +206,6 @@ class _Setting:
         return float(self._loss(self.model))
 
 
-class OutputError:
-    """Squared error of a model's outputs on calibration batches, relative to the dense model's squared outputs.
-
-    Args:
-        model: The dense model, whose outputs are kept.
-        batches: Re-iterable.
-        forward: ``forward(model, batch)``; None means the default of calibration.
-
-    Raises:
-        CalibrationError: The model returns no tensor.
-    """
-
-    def __init__(self, model: nn.Module, batches: Any, forward: Forward | None = None) -> None:
-        self._batches = list(batches)
-        self._forward = forward or call_forward
-        self._dense = list(self._outputs(model))
-        self._reference = sum(float(y.double().square().sum()) for y in self._dense)
-
-    def __call__(self, model: nn.Module) -> float:
-        pairs = zip(self._outputs(model), self._dense, strict=True)
-        return sum(float((y - dense).double().square().sum()) for y, dense in pairs) / max(self._reference, 1e-300)
-
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        with preserved_rng(), undisturbed(model), torch.no_grad():
-            return [_first_tensor(self._forward(model, batch)).float() for batch in self._batches]
-
-
-def _first_tensor(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (list, tuple)) else []
-    for value in values:
-        if isinstance(value, Tensor):
-            return value
-    raise CalibrationError(
-        "The model returns no tensor to compare", got=type(output).__name__, remedy="pass loss= to the search"
-    )
-
-
 def _database(
     model: nn.Module,
     source: CalibrationBatches,
@@ -342,19 +303,21 @@ def _allowed(name: str, everything: Mapping[str, nn.Module], levels: Sequence[Le
 def _scores(setting: _Setting, table: CostTable, kind: str) -> CostTable:
     if kind == "loss":
         return swap_losses(setting.database, setting.evaluate)
-    if kind != "error":
-        raise SpecError("Unknown scores", got=repr(kind), expected='"error" or "loss"')
+    if kind not in ("error", "sensitivity"):
+        raise SpecError("Unknown scores", got=repr(kind), expected='"error", "sensitivity" or "loss"')
+    errors = layer_errors(setting.database, _input_losses(setting, table))
+    allowed = {name: {level: errors[name][level] for level in row} for name, row in table.items()}
+    return allowed if kind == "error" else sensitivity_scores(allowed, setting.evaluate)
+
+
+def _input_losses(setting: _Setting, table: CostTable) -> dict[str, dict[int, float]] | None:
+    """Output errors that come from quantized inputs, where some level has them."""
     if setting.quantizer is None:
-        return layer_errors(setting.database)
-    widths = sorted(
-        {level.activations for name in table for level in setting.database.levels(name) if level.activations}
-    )
-    names = list(setting.quantizer.bits)
-    modules = select_layers(setting.model, names)
-    extra = activation_losses(
-        setting.model, setting.quantizer, modules, widths, setting.source, forward=setting.forward
-    )
-    return layer_errors(setting.database, extra)
+        return None
+    levels = [level for name in table for level in setting.database.levels(name)]
+    widths = sorted({level.activations for level in levels if level.activations})
+    modules = select_layers(setting.model, list(setting.quantizer.bits))
+    return activation_losses(setting.model, setting.quantizer, modules, widths, setting.source, forward=setting.forward)
 
 
 def _profiles(

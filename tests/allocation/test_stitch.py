@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
 from lightning_obc.allocation.database import Database
-from lightning_obc.allocation.scores import activation_losses, layer_errors, swap_losses
+from lightning_obc.allocation.scores import activation_losses, layer_errors, sensitivity_scores, swap_losses
 from lightning_obc.allocation.stitch import apply_recipe, read_recipe, stitch, write_recipe
 from lightning_obc.calibration import collect_hessians
 from lightning_obc.errors import DatabaseError, LayerNotFoundError, NonFiniteError, PatternError, SpecError
@@ -154,6 +154,32 @@ def test_swap_losses_change_one_layer_at_a_time(database: Database) -> None:
     assert max(sum(level != "dense" for level in profile.values()) for profile in seen) == 1
     with pytest.raises(NonFiniteError, match="dense"):
         swap_losses(database, lambda profile: float("inf"))
+
+
+def test_sensitivities_scale_a_layers_errors_by_one_measured_loss() -> None:
+    errors = {
+        name: {"dense": 0.0, "mild": 0.1, "half": 0.2, "low": 0.4} for name in ("calm", "touchy", "deaf", "broken")
+    }
+    errors["fixed"] = {"dense": 0.0}
+    weight = {"calm": 1.0, "touchy": 50.0, "deaf": 0.0, "broken": float("nan")}
+    seen: list[dict[str, str]] = []
+
+    def evaluate(profile: dict[str, str]) -> float:
+        seen.append(profile)
+        return 3.0 + sum(weight[name] * errors[name][level] for name, level in profile.items() if level != "dense")
+
+    scores = sensitivity_scores(errors, evaluate)
+    assert len(seen) == 5, "the dense model and one change of every layer that can change"
+    assert [list(profile.values()).count("half") for profile in seen] == [0, 1, 1, 1, 1]
+    assert scores["touchy"]["low"] == pytest.approx(50 * 0.4)
+    assert scores["calm"]["mild"] == pytest.approx(0.1)
+    assert 0 < scores["deaf"]["low"] < scores["calm"]["low"]
+    assert scores["broken"] == pytest.approx(scores["touchy"])
+    assert scores["fixed"] == {"dense": 0.0}
+    with pytest.raises(NonFiniteError, match="dense"):
+        sensitivity_scores(errors, lambda profile: float("nan"))
+    with pytest.raises(NonFiniteError, match="single change"):
+        sensitivity_scores(errors, lambda profile: 1.0 if set(profile.values()) == {"dense"} else float("nan"))
 
 
 def test_hessians_of_a_stitched_model_differ(database: Database, model: Any, batches: list[Tensor]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_obc.allocation.latency import LatencyTable
 from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.output_error import OutputError
 from lightning_obc.allocation.spdy import SPDY
 from lightning_obc.allocation.stitch import read_recipe
-from lightning_obc.allocation.tradeoff import OutputError, default_levels, search
+from lightning_obc.allocation.tradeoff import default_levels, search
 from lightning_obc.errors import BudgetError, CalibrationError, MissingExtraError, SpecError
 from lightning_obc.specs import Calibration, IntGrid
 
