@@ -289,9 +289,9 @@ def main() -> None:
     where = environment(arguments.threads)
     vnni = "with" if where["vnni"] else "without"
     head = (
-        f"Measured on {where['processor']} ({vnni} VNNI), ONNX Runtime with {where['threads']} thread(s); PyTorch {where['torch']}, "
-        f"ONNX Runtime {where['onnxruntime']}, Python {where['python']}. The files of a table run in turns; the "
-        "speed-up is the median over rounds of the first file's time over this one's."
+        f"Measured on {where['processor']} ({vnni} VNNI) with {where['threads']} thread(s) of ONNX Runtime "
+        f"{where['onnxruntime']}; PyTorch {where['torch']}, Python {where['python']}. The files of a table run in "
+        "turns; the speed-up is the median over rounds of the first file's time over this one's."
     )
     parts = ["# Files that other tools run", head, *(part for _, tables in measured for part in tables)]
     arguments.out.mkdir(parents=True, exist_ok=True)
