@@ -117,7 +117,7 @@ def _reasons(error: ValueError) -> list[str]:
 
 
 def main(args: ArgsType = None) -> OBCCLI:
-    """Entry point of the console script ``lightning-obc``.
+    """Run the command line ``lightning-obc``, and return its parts.
 
     The current directory is importable, so that a ``class_path`` can name a user's own file. Errors of this package
     end the program with their message and status 1; all others keep their traceback.
@@ -131,5 +131,10 @@ def main(args: ArgsType = None) -> OBCCLI:
         raise SystemExit(f"{type(error).__name__}: {error}") from error
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """Entry point of the console script: what it returned would become the exit status."""
     main()
+
+
+if __name__ == "__main__":
+    console()

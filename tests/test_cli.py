@@ -157,3 +157,16 @@ def test_console_script_finds_the_examples_from_the_current_directory():
         check=False,
     )
     assert "examples.digits.DigitsClassifier" in done.stdout, done.stderr
+
+
+def test_the_installed_script_ends_with_status_0(monkeypatch, tmp_path):
+    """What an entry point returns becomes the exit status, so that of ``lightning-obc`` must return nothing."""
+    import tomllib
+    from importlib import import_module
+
+    script = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["lightning-obc"]
+    module, _, name = script.partition(":")
+    options = ["--config=configs/digits.yaml", "--trainer.callbacks=null", f"--trainer.default_root_dir={tmp_path}"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["lightning-obc", "validate", *options])
+    assert getattr(import_module(module), name)() is None
