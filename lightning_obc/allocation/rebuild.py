@@ -34,7 +34,7 @@ def rebuild(
     stored = record.levels[level.weights.name]
     mask = record.mask(level).to(dense.device)
     if level.pattern is not None:
-        check_mask(mask, level.pattern, channels, name)
+        check_mask(mask, dense, level.pattern, channels, name)
     grid: Grid | None = None
     codes: Tensor | None = None
     if level.grid is not None:

@@ -203,8 +203,10 @@ class LayerRecord:
         return {name: counts[level.mask.name] for name, level in levels.items()}
 
 
-def check_mask(mask: Tensor, pattern: Pattern, channels: int, name: str) -> None:
-    """Refuse a stored mask ``[g, R, d]`` that does not obey its pattern.
+def check_mask(mask: Tensor, dense: Tensor, pattern: Pattern, channels: int, name: str) -> None:
+    """Refuse a stored mask ``[g, R, d]`` of the weight ``dense`` that does not obey its pattern.
+
+    A block either loses everything or keeps all that is not zero in ``dense`` already.
 
     Raises:
         PatternError: It does not.
@@ -214,8 +216,8 @@ def check_mask(mask: Tensor, pattern: Pattern, channels: int, name: str) -> None
     if fits and isinstance(pattern, NM):
         fits = bool((mask.unflatten(-1, (-1, size)).sum(-1) <= pattern.n).all())
     if fits and isinstance(pattern, Block):
-        kept = mask.unflatten(-1, (-1, size)).sum(-1)
-        fits = bool(((kept == 0) | (kept == size)).all())
+        whole = (mask == (dense != 0)).unflatten(-1, (-1, size)).all(-1)
+        fits = bool((whole | ~mask.unflatten(-1, (-1, size)).any(-1)).all())
     if not fits:
         raise PatternError(
             f"A stored level no longer fits the pattern {pattern}",

@@ -17,7 +17,7 @@ from lightning_obc import obs
 from lightning_obc.allocation import build as build_module
 from lightning_obc.allocation.build import build_database
 from lightning_obc.allocation.database import Database
-from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.levels import Level, block_ladder, product, unstructured_ladder
 from lightning_obc.allocation.record import LayerRecord, check_mask
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.storage import from_triangle, pack, read_tensors, triangle, unpack, write_tensors
@@ -327,12 +327,31 @@ def test_a_level_that_no_longer_fits_its_pattern_is_refused(database: Database, 
 
 
 def test_masks_are_checked_by_pattern() -> None:
-    mask = torch.ones(1, 2, 8, dtype=torch.bool)
+    mask, dense = torch.ones(1, 2, 8, dtype=torch.bool), torch.ones(1, 2, 8)
     mask[..., :2] = False
     for pattern, channels in ((NM(1, 4), 8), (Block(4, 0.5), 8), (NM(2, 4), 6)):
         with pytest.raises(PatternError):
-            check_mask(mask, pattern, channels, "layer")
-    check_mask(mask, Block(2, 0.25), 8, "layer")
+            check_mask(mask, dense, pattern, channels, "layer")
+    check_mask(mask, dense, Block(2, 0.25), 8, "layer")
+    dense[..., :2] = 0
+    check_mask(mask, dense, Block(4, 0.5), 8, "layer")
+
+
+def test_blocks_leave_together_also_where_weights_are_zero_already(
+    model: Any, statistics: Collect, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        model.head.weight[0, :3] = 0
+    database = build_database(tmp_path, model, block_ladder(4, 0.3, 0.6), statistics, layers=["mix", "head"])
+    assert len(database.record("mix").ladders) == 1
+    for name in database.layers:
+        weight, hessian = weight_of(model.get_submodule(name)), database.hessian(name)
+        for level in database.levels(name)[1:]:
+            found = database.solution(name, level)
+            channels = 4 if name == "mix" else 8
+            alone = obs.prune(weight, hessian, level.pattern, channels=channels)  # type: ignore[arg-type]
+            assert torch.equal(found.mask, alone.mask)
+            torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
 
 
 def test_a_layer_that_cannot_be_solved_stays_dense(
