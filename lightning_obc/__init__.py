@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_obc.obs import LayerSolution
     from lightning_obc.pipeline import compress
     from lightning_obc.report import CompressionReport
-    from lightning_obc.schedules import Gradual, Plateau
+    from lightning_obc.schedules import Gradual
     from lightning_obc.solvers import Refine
     from lightning_obc.specs import NM, Block, Calibration, IntGrid, Prune, Quantize, Structured, Unstructured
 
@@ -40,7 +40,6 @@ _HOME = {
     "save_packed": "lightning_obc.export",
     "to_semi_structured": "lightning_obc.export",
     "Gradual": "lightning_obc.schedules",
-    "Plateau": "lightning_obc.schedules",
     "Refine": "lightning_obc.solvers",
     "NM": "lightning_obc.specs",
     "Block": "lightning_obc.specs",
@@ -66,7 +65,6 @@ __all__ = [
     "LayerSolution",
     "OBCCallback",
     "Plan",
-    "Plateau",
     "Prune",
     "Quantize",
     "Refine",

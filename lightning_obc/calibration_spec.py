@@ -14,6 +14,11 @@ Together = Literal["layer", "block", "all"]
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise SpecError(f"Calibration.{name} is not possible", got=value, expected="an integer of at least 1")
+
+
 @dataclass(frozen=True)
 class Calibration:
     """How the calibration data is drawn, and what the statistics of a layer come from.
@@ -47,10 +52,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name in ("samples", "rounds"):
-            if getattr(self, name) < 1:
-                raise SpecError(f"Calibration.{name} is too small", got=getattr(self, name), expected="at least 1")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise SpecError("Calibration.batch_size is too small", got=self.batch_size, expected="at least 1")
+            _check_count(name, getattr(self, name))
+        if self.batch_size is not None:
+            _check_count("batch_size", self.batch_size)
         for name, value, allowed in (
             ("mode", self.mode, get_args(CalibrationMode)),
             ("together", self.together, get_args(Together)),

@@ -26,8 +26,8 @@ class OBCTrainer(Trainer):
         datamodule: Optional[LightningDataModule] = None,
         ckpt_path: Optional[str] = None,
         stages: Optional[list[Union[Prune, Quantize, Stage]]] = None,
-        calibration: Calibration = Calibration(),  # noqa: B008 (frozen)
-        on_failure: Literal["keep", "raise"] = "keep",
+        calibration: Optional[Calibration] = None,
+        on_failure: Optional[Literal["keep", "raise"]] = None,
         output: Union[bool, str] = True,
         weights_only: Optional[bool] = None,
     ) -> OBCCallback:
@@ -40,8 +40,10 @@ class OBCTrainer(Trainer):
             ckpt_path: Checkpoint with the trained weights.
             stages: What to do, in order; ``at`` is ignored. By default the stages of the ``OBCCallback`` among the
                 Trainer's callbacks, so that the configuration of a training run serves here too.
-            calibration: How much data to calibrate on (that of the ``OBCCallback`` when the stages are its own).
-            on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it.
+            calibration: How much data to calibrate on; by default that of the ``OBCCallback`` when the stages are its
+                own, else ``Calibration()``.
+            on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so (the default);
+                ``"raise"`` stops at it.
             output: Where the compressed checkpoint goes: true for ``compressed.ckpt`` among the logs, a path, or false.
             weights_only: Passed on to ``Trainer.validate``.
 
@@ -67,13 +69,14 @@ class OBCTrainer(Trainer):
 def _validating(
     present: Sequence[OBCCallback],
     stages: Optional[Sequence[Stage]],
-    calibration: Calibration,
-    on_failure: Literal["keep", "raise"],
+    calibration: Optional[Calibration],
+    on_failure: Optional[Literal["keep", "raise"]],
     output: Union[bool, str],
 ) -> OBCCallback:
     """A callback that runs the given stages, or those of the Trainer's own callback, during validation."""
     if stages is None and len(present) == 1:
-        stages, calibration, on_failure = present[0].stages, present[0].calibration, present[0].on_failure
+        stages = present[0].stages
+        calibration, on_failure = calibration or present[0].calibration, on_failure or present[0].on_failure
     if not stages:
         raise ScheduleError(
             "There is nothing to compress with",
@@ -81,7 +84,8 @@ def _validating(
             expected="stages, or one OBCCallback in trainer.callbacks",
             remedy="write compress.stages in the configuration",
         )
-    return OBCCallback([_at_validate(stage) for stage in stages], calibration, on_failure, save_checkpoint=output)
+    stages = [_at_validate(stage) for stage in stages]
+    return OBCCallback(stages, calibration or Calibration(), on_failure or "keep", save_checkpoint=output)
 
 
 def _at_validate(stage: Any) -> Stage:

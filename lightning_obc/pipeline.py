@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from lightning_obc.baselines import adaprune, gptq, magnitude, round_to_nearest,
 from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable
 from lightning_obc.correction import CorrectionReport, dense_references, run_correction
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import NonFiniteError, OBCError, SpecError
+from lightning_obc.errors import BackendError, NonFiniteError, OBCError, PatternError, SpecError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.obs import LayerSolution, prune, quantize
@@ -218,8 +218,10 @@ class _StageRun:
         return solution
 
     def _kept(self, error: Exception, started: float) -> _Outcome:
-        # One bad layer must not lose the run; what is not an error of the layer (interrupts) still passes.
-        if self.on_failure == "raise":
+        # One bad layer must not lose the run. Errors of the recipe or the backend would meet every layer alike, and
+        # what is no Exception (interrupts) passes anyway.
+        recipe = isinstance(error, (SpecError, BackendError)) and not isinstance(error, PatternError)
+        if self.on_failure == "raise" or recipe:
             raise error
         return _Outcome(None, f"kept: {error}", time.perf_counter() - started)
 
@@ -312,6 +314,17 @@ def correct_after(
         return CorrectionReport(stage.method, notes=(f"not corrected: {error}",))
 
 
+def _checked_recipe(stages: Any, on_failure: str) -> list[Stage]:
+    recipe = [stages] if isinstance(stages, Stage) else stages
+    if isinstance(recipe, str) or not all(isinstance(stage, Stage) for stage in recipe):
+        raise SpecError(
+            "A recipe is made of stages", got=repr(stages), expected="Prune, Quantize or Correct", remedy='Prune("2:4")'
+        )
+    if on_failure not in get_args(OnFailure):
+        raise SpecError("Unknown on_failure", got=repr(on_failure), expected=f"one of {get_args(OnFailure)}")
+    return list(recipe)
+
+
 def compress(
     model: nn.Module,
     batches: Any,
@@ -343,7 +356,7 @@ def compress(
         SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
             by the stage concerned.
     """
-    stages = [stages] if isinstance(stages, Stage) else list(stages)
+    stages = _checked_recipe(stages, on_failure)
     spec = calibration or Calibration()
     check_schedule(model, stages)
     for stage in stages:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC
 from dataclasses import dataclass, field, replace
-from typing import Literal, Union
+from typing import Literal, Union, get_args
 
 from lightning_obc.calibration_spec import Calibration as Calibration
 from lightning_obc.errors import SpecError
@@ -16,6 +16,7 @@ Granularity = Literal["tensor", "channel", "group"]
 RangeSearch = Literal["minmax", "mse", "hessian"]
 Selection = Literal["heap", "sorted", "hull"]
 Misfit = Literal["error", "skip", "pad"]
+BACKENDS = ("auto", "naive", "torch", "numba", "triton")
 
 
 class Pattern(ABC):  # noqa: B024 (a common type for annotations and YAML)
@@ -217,8 +218,12 @@ def _check_damping(damping: Union[str, float]) -> None:
     if isinstance(damping, str):
         if damping != "auto":
             raise SpecError("Unknown damping", got=repr(damping), expected='a number >= 0, or "auto"')
-    elif not (math.isfinite(damping) and damping >= 0):
-        raise SpecError("damping is not possible", got=damping, expected="a finite number >= 0")
+    elif (
+        not isinstance(damping, (int, float))
+        or isinstance(damping, bool)
+        or not (math.isfinite(damping) and damping >= 0)
+    ):
+        raise SpecError("damping is not possible", got=damping, expected='a finite number >= 0, or "auto"')
 
 
 def check_refinable(pattern: Pattern, refine: Refine | None) -> None:
@@ -230,6 +235,11 @@ def check_refinable(pattern: Pattern, refine: Refine | None) -> None:
             expected="an unstructured or N:M pattern",
             remedy="drop refine",
         )
+
+
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"Unknown {name}", got=repr(value), expected=f"one of {allowed}")
 
 
 def _check_schedule(stage: Prune) -> None:
@@ -263,7 +273,7 @@ class Prune(Stage):
         pattern: ``"2:4"``, ``0.5``, or a :class:`Pattern`.
         at: When the callback runs the stage (ignored by :func:`lightning_obc.compress`): ``"train_start"``,
             ``"train_end"``, ``"validate"``, ``{"epoch": k}`` (before epoch ``k``, counted from 0), ``{"step": k}``
-            (after optimizer step ``k``) or a :class:`Plateau`.
+            (after optimizer step ``k``).
         layers: Names, globs or type names of the layers; ``None`` means every supported layer.
         exclude: Names, globs or type names to leave out.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"``.
@@ -292,6 +302,9 @@ class Prune(Stage):
         parse_pattern(self.pattern)
         check_at(self.at)
         _check_damping(self.damping)
+        _check_choice("selection", self.selection, get_args(Selection))
+        _check_choice("misfit", self.misfit, get_args(Misfit))
+        _check_choice("backend", self.backend, BACKENDS)
         _check_schedule(self)
         check_solver(self.solver, self.refine, quantize=False)
         check_refinable(self.parsed, parse_refine(self.refine))
@@ -353,6 +366,8 @@ class Quantize(Stage):
         parse_grid(self.grid)
         check_at(self.at)
         _check_damping(self.damping)
+        _check_choice("misfit", self.misfit, get_args(Misfit))
+        _check_choice("backend", self.backend, BACKENDS)
         check_solver(self.solver, self.refine, quantize=True)
         if self.after not in ("freeze", "train"):
             raise SpecError("Quantize.after is unknown", got=repr(self.after), expected='"freeze" or "train"')

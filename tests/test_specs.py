@@ -80,18 +80,24 @@ def test_grid_shorthand() -> None:
     assert Quantize(3).parsed.max_code == 7
 
 
-@pytest.mark.parametrize("keywords", [{"samples": 0}, {"rounds": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("keywords", [{"samples": 0}, {"samples": 1.5}, {"rounds": 0}, {"batch_size": 0}])
 def test_bad_calibration(keywords: dict[str, int]) -> None:
     with pytest.raises(SpecError):
         Calibration(**keywords)
 
 
-@pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf"), "automatic"])
+@pytest.mark.parametrize("damping", [-1.0, True, float("nan"), float("inf"), "automatic"])
 def test_bad_damping(damping: object) -> None:
     with pytest.raises(SpecError):
         Prune("2:4", damping=damping)  # type: ignore[arg-type]
     with pytest.raises(SpecError):
         Quantize(4, damping=damping)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keywords", [{"selection": "hep"}, {"misfit": "hep"}, {"backend": "cuda"}, {"damping": None}])
+def test_unknown_choices(keywords: dict[str, object]) -> None:
+    with pytest.raises(SpecError):
+        Prune(0.5, **keywords)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("at", ["sometime", {"epoch": -1}, {"epoch": 1, "step": 2}, {"hour": 1}, {}, 3, {"epoch": 1.5}])

@@ -91,9 +91,15 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
         return step(batch)
     if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
         batch = batch[0]
-    if isinstance(batch, Mapping):
-        return model(**_accepted(model, batch))
-    return model(batch)
+    try:
+        return model(**_accepted(model, batch)) if isinstance(batch, Mapping) else model(batch)
+    except (TypeError, NotImplementedError) as error:
+        raise CalibrationError(
+            "A calibration batch cannot be sent through the model",
+            got=f"{type(error).__name__}: {error}",
+            expected="a forward that takes the first element of a batch, or the entries of a mapping by name",
+            remedy="give the model a calibration_step(batch), or pass forward=",
+        ) from error
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

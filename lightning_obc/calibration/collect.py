@@ -111,7 +111,7 @@ class Gathering(Generic[Accumulator]):
                     statistic.begin_batch(size, start=start, batch_index=index, token_mask=mask)
                 start += size
                 yield batch
-            if index < 0:
+            if index < 0 or start == 0:
                 raise _nothing(current, batches)
 
     def check_finite(self) -> None:
@@ -135,9 +135,9 @@ class Gathering(Generic[Accumulator]):
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
     if current == 0:
         return EmptyCalibrationError(
-            "The calibration data yields no batch",
+            "The calibration data yields no sample",
             got=type(batches).__name__,
-            expected="at least one batch",
+            expected="at least one batch with at least one sample",
             remedy="check the loader's length and drop_last, or pass a list of batches",
         )
     return CalibrationError(

@@ -86,7 +86,8 @@ def calibration_batches(source: Any, spec: Calibration) -> CalibrationBatches:
       ``min(samples, len)`` samples, the same in every round; collate function, workers and pinning are kept.
     * A ``DataLoader`` with a batch sampler of its own or an iterable data set: a fresh copy.
     * A tensor ``[samples, …]``: split into batches, in order.
-    * A sequence, or any other iterable, of batches: as they are, up to ``samples``.
+    * A sequence, or any other iterable, of batches: as they are, up to ``samples``. What can be iterated only once is
+      kept in memory up to there.
 
     Args:
         source: Where the data comes from; neither it nor its sampler is changed.
@@ -101,6 +102,11 @@ def calibration_batches(source: Any, spec: Calibration) -> CalibrationBatches:
         source = DataLoader(source, batch_size=size)
     if isinstance(source, DataLoader):
         return _from_loader(source, spec)
+    if isinstance(source, Iterator):
+        # It can be iterated only once, and every stage and round needs a pass of its own.
+        with preserved_rng():
+            seed_everything(_mixed(spec.seed, 0))
+            source = list(_up_to(source, spec.samples))
     length = _batches_until(source, spec.samples) if isinstance(source, Sequence) else None
     return CalibrationBatches(lambda: source, samples=spec.samples, seed=spec.seed, length=length)
 
@@ -165,6 +171,12 @@ def _kept(loader: DataLoader[Any]) -> dict[str, Any]:
         "multiprocessing_context": loader.multiprocessing_context,
         "prefetch_factor": loader.prefetch_factor,
     }
+
+
+def _up_to(batches: Iterator[Any], samples: int) -> Iterator[Any]:
+    while samples > 0 and (batch := next(batches, None)) is not None:
+        samples -= batch_size_of(batch)
+        yield batch
 
 
 def _batches_until(batches: Sequence[Any], samples: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
@@ -146,11 +146,20 @@ def rich_progress(bar: ProgressBar) -> Any:
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies under which compression would be wrong.
+    """Refuse strategies and callbacks under which compression would be wrong.
 
     Raises:
-        StrategyError: The strategy is not supported.
+        StrategyError: The strategy is not supported, or weights are averaged: an average of weights that were pruned
+            and quantized at some time has neither the zeros nor the grid.
     """
+    averaging = [c for c in callbacks(trainer) if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
+    if averaging:
+        raise StrategyError(
+            "Weight averaging would undo the compression",
+            got=", ".join(type(callback).__name__ for callback in averaging),
+            expected="no averaging of weights in the run that compresses",
+            remedy="train with averaging first, then compress the averaged checkpoint",
+        )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise StrategyError(
             "This strategy is not supported",

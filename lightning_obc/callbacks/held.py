@@ -127,6 +127,7 @@ class HeldWeights:
         self._pull_latents()
         modules = _compressible(model) if self.layers else {}
         bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
+        _check_live(bound, self.layers)
         self._bound = {name: held for name, held in bound.items() if held is not None}
 
     def unbind(self) -> None:
@@ -152,6 +153,18 @@ class HeldWeights:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._bound = {}
         self.layers = {name: HeldLayer.from_state(layer) for name, layer in state.items()}
+
+
+def _check_live(bound: Mapping[str, _Bound | None], layers: Mapping[str, HeldLayer]) -> None:
+    """Held weights are frozen as they are: they must really have the zeros and grid points of the state."""
+    wrong = [name for name, held in bound.items() if held is not None and not held.is_live(layers[name])]
+    if wrong:
+        raise FingerprintError(
+            "The live weights are not those that were compressed",
+            got=f"no zeros or grid points where the state has them, in {', '.join(wrong)}",
+            expected="the weights that the compression state belongs to",
+            remedy="load the checkpoint that was written with this state, or use a new OBCCallback",
+        )
 
 
 def _compressible(model: nn.Module) -> Mapping[str, nn.Module]:
@@ -212,6 +225,18 @@ class _Bound:
         grid = _moved(layer.grid, weight.device)
         latent = layer.latent.to(weight.device, copy=True)
         return cls(module, adapter, weight, pruned, None, grid, latent, value)
+
+    def is_live(self, layer: HeldLayer) -> bool:
+        """True when the live weight has the zeros, and of a frozen layer the grid points, that are held."""
+        if self.pruned is not None and bool((self.weight.masked_fill(~self.pruned, 0.0) != 0).any()):
+            return False
+        if layer.grid is None or layer.latent is not None:
+            return True
+        matrix = self.adapter.weight_matrix(self.module)
+        # Grid points are rounded to the weight's own precision, and the grid itself to float32 here.
+        rounding = 4 * max(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+        nearest = _moved(layer.grid, matrix.device).quantize(matrix.float())
+        return bool(((nearest - matrix.float()).abs() <= rounding * matrix.float().abs()).all())
 
     def apply_(self) -> None:
         if self.frozen is not None:

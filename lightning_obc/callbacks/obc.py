@@ -118,9 +118,16 @@ class OBCCallback(Callback):
         present = [callback.state_key for callback in compat.callbacks(trainer) if isinstance(callback, OBCCallback)]
         if self.state_key in (checkpoint.get("callbacks") or {}):
             return
+        # The weights that are loaded now have not gone through what this callback did to others before.
+        self._state = self._fresh()
         state = foreign_state(checkpoint, present)
-        if state is not None:
+        if state is None:
+            return
+        if trainer.state.fn == TrainerFn.FITTING:
             self.load_state_dict(dict(state))
+        else:
+            # Nothing is resumed: another recipe starts on weights that carry zeros and grids already.
+            self._state.held.load_state_dict(state["layers"])
 
     # When.
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -279,7 +286,10 @@ class OBCCallback(Callback):
         if not isinstance(self.save_checkpoint, bool):
             return Path(self.save_checkpoint)
         beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        return Path(beside or trainer.log_dir or trainer.default_root_dir) / "compressed.ckpt"
+        folder = Path(beside or trainer.log_dir or trainer.default_root_dir)
+        # As ModelCheckpoint does: never over the file of an earlier run.
+        names = ("compressed.ckpt", *(f"compressed-v{version}.ckpt" for version in range(1, 10_000)))
+        return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _when(trainer: Trainer) -> str:

@@ -30,6 +30,13 @@ def check_order(stages: Sequence[Stage], *, max_epochs: int | None = None, max_s
         ScheduleError: A time that comes before that of an earlier stage, or after the end of the training.
     """
     _check_corrections(stages)
+    waiting = [stage for stage in stages if isinstance(stage.at, Plateau)]
+    if waiting:
+        raise ScheduleError(
+            "A stage cannot wait for a plateau yet",
+            got="; ".join(f"{stage} at {stage.at}" for stage in waiting),
+            expected='"train_start", "train_end", "validate", {"epoch": k} or {"step": k}',
+        )
     training = [stage for stage in stages if stage.at != "validate"]
     last: dict[str, tuple[int, Stage]] = {}
     rank = (0, training[0]) if training else None
@@ -124,10 +131,6 @@ def at_epoch(epoch: int) -> Callable[[Stage], bool]:
 
 def at_step(step: int) -> Callable[[Stage], bool]:
     return lambda stage: any(unit == "step" and number <= step for unit, number in times(stage.at))
-
-
-def at_plateau(reached: Callable[[Plateau], bool]) -> Callable[[Stage], bool]:
-    return lambda stage: isinstance(stage.at, Plateau) and reached(stage.at)
 
 
 def at_train_end(stage: Stage) -> bool:

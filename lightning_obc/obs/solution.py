@@ -33,7 +33,8 @@ class Status:
         return not self.notes
 
     def __str__(self) -> str:
-        return "ok" if self.ok else "; ".join(self.notes)
+        dead = (f"{self.dead} dead columns (inputs always 0)",) if self.dead else ()
+        return "; ".join((*self.notes, *dead)) or "ok"
 
 
 @dataclass(frozen=True)

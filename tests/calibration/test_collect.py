@@ -258,7 +258,7 @@ class TestBadInput:
             collect_hessians(model, select_layers(model), data(2))
 
     def test_no_batches(self, model: Network) -> None:
-        with pytest.raises(EmptyCalibrationError, match="no batch"):
+        with pytest.raises(EmptyCalibrationError, match="no sample"):
             collect_hessians(model, select_layers(model), [])
 
     def test_an_iterator_cannot_serve_two_rounds(self, model: Network) -> None:
