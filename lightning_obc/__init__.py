@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_obc import baselines, errors, obs
+    from lightning_obc.allocation.tradeoff import search
     from lightning_obc.callbacks import OBCCallback
     from lightning_obc.correction_spec import Correct
     from lightning_obc.export import export_onnx, load_packed, save_packed, to_semi_structured
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "search": "lightning_obc.allocation.tradeoff",
     "OBCCallback": "lightning_obc.callbacks",
     "Correct": "lightning_obc.correction_spec",
     "Plan": "lightning_obc.forecast",
@@ -79,6 +81,7 @@ __all__ = [
     "obs",
     "plan",
     "save_packed",
+    "search",
     "to_semi_structured",
 ]
 
