@@ -7,26 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from small import Small, loader
+from lightning.pytorch import LightningModule
+from small import Small, loader, quiet_trainer
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import lightning_obc as obc
 from lightning_obc.errors import ScheduleError, UnsupportedLayerError
-
-
-def trainer(tmp_path: Path, callback: obc.OBCCallback | None, epochs: int = 2) -> Trainer:
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=[] if callback is None else [callback],
-    )
 
 
 class Attentive(LightningModule):
@@ -58,12 +45,12 @@ def is_two_of_four(weight: Tensor) -> bool:
 def test_attention_keeps_its_pattern_through_training_and_resume(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, callback = Attentive(), obc.OBCCallback([obc.Prune("2:4", at="train_start")], save_checkpoint=tmp_path / "a")
-    trainer(tmp_path, callback).fit(model, loader(), loader())
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, loader(), loader())
     assert set(callback.report.layers) == {"attention.in_proj", "attention.out_proj", "fc"}
     assert is_two_of_four(model.attention.in_proj_weight)
     assert is_two_of_four(model.fc.weight)
     again, resumed = Attentive(), obc.OBCCallback([obc.Prune("2:4", at="train_start")], save_checkpoint=False)
-    trainer(tmp_path, resumed, epochs=4).fit(
+    quiet_trainer(tmp_path, resumed, max_epochs=4).fit(
         again, loader(), loader(), ckpt_path=str(tmp_path / "a"), weights_only=True
     )
     assert not torch.equal(again.attention.in_proj_weight, model.attention.in_proj_weight)
@@ -81,7 +68,7 @@ def test_computed_weights_are_refused_before_training(tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     callback = obc.OBCCallback([obc.Quantize(4)], save_checkpoint=False)
     with pytest.raises(UnsupportedLayerError, match="fc"):
-        trainer(tmp_path, callback).fit(model, loader(), loader())
+        quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, loader(), loader())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -89,7 +76,7 @@ def test_computed_weights_are_compressed_without_training(tmp_path: Path) -> Non
     model = computed()
     callback = obc.OBCCallback([obc.Prune("2:4", at="validate")], save_checkpoint=False)
     model.train_dataloader = loader  # type: ignore[method-assign]
-    trainer(tmp_path, callback).validate(model, loader(), verbose=False)
+    quiet_trainer(tmp_path, callback).validate(model, loader(), verbose=False)
     assert is_two_of_four(model.fc.weight)
 
 
@@ -97,7 +84,7 @@ def test_batch_norm_reset_at_the_end(tmp_path: Path) -> None:
     model = Small()
     stages = [obc.Prune("1:4", at="train_end"), obc.Correct("batch_norm", at="train_end")]
     callback = obc.OBCCallback(stages, save_checkpoint=False)
-    trainer(tmp_path, callback).fit(model, loader(), loader())
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, loader(), loader())
     outputs = torch.cat([model.conv(images) for images, _ in loader(shuffle=False)])
     torch.testing.assert_close(model.norm.running_mean, outputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
     assert [report.method for report in callback.report.corrections] == ["batch_norm"]
@@ -109,7 +96,7 @@ def test_corrections_towards_the_model_before_the_stage(tmp_path: Path, method: 
     model = Small()
     correct = obc.Correct(method, at="train_end", **({"epochs": 2} if method in ("vectors", "global") else {}))
     callback = obc.OBCCallback([obc.Prune("1:4", at="train_end"), correct], save_checkpoint=False, on_failure="raise")
-    trainer(tmp_path, callback).fit(model, loader(), loader())
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(model, loader(), loader())
     (report,) = callback.report.corrections
     assert report.layers
     weight = model.conv.weight.detach().movedim(1, -1).reshape(-1, 4)

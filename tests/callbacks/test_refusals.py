@@ -6,28 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from small import Small, loader
+from small import Small, loader, quiet_trainer
 
 import lightning_obc as obc
 from lightning_obc.errors import BackendError, EmptyCalibrationError, FingerprintError, ScheduleError, StrategyError
 from lightning_obc.schedules import Plateau
 
 SPEC = obc.Calibration(samples=48)
-
-
-def trainer(tmp_path: Path, *callbacks: Callback, epochs: int = 1) -> Trainer:
-    return Trainer(
-        max_epochs=epochs,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        callbacks=list(callbacks),
-    )
 
 
 def recipe(at: str = "train_end", save: bool | Path = False) -> obc.OBCCallback:
@@ -39,25 +25,25 @@ def recipe(at: str = "train_end", save: bool | Path = False) -> obc.OBCCallback:
 def test_weight_averaging_is_refused(tmp_path: Path, average) -> None:
     model = Small()
     with pytest.raises(StrategyError, match="averaging"):
-        trainer(tmp_path, recipe(), average()).fit(model, loader(), loader())
+        quiet_trainer(tmp_path, recipe(), average()).fit(model, loader(), loader())
 
 
 def test_dense_weights_under_a_used_callback_are_refused(tmp_path: Path) -> None:
     model, callback = Small(), recipe()
     dense = {name: value.clone() for name, value in model.state_dict().items()}
-    trainer(tmp_path, callback).fit(model, loader(), loader())
+    quiet_trainer(tmp_path, callback).fit(model, loader(), loader())
     model.load_state_dict(dense)
     with pytest.raises(FingerprintError, match="not those that were compressed"):
-        trainer(tmp_path, callback).fit(model, loader(), loader())
+        quiet_trainer(tmp_path, callback).fit(model, loader(), loader())
 
 
 def test_a_dense_checkpoint_under_a_used_callback_is_compressed_again(tmp_path: Path) -> None:
     model, callback = Small(), recipe("train_start")
-    plain = trainer(tmp_path)
+    plain = quiet_trainer(tmp_path, max_epochs=1)
     plain.fit(Small(), loader(), loader())
     plain.save_checkpoint(tmp_path / "dense.ckpt")
-    trainer(tmp_path, callback).fit(model, loader(), loader())
-    trainer(tmp_path, callback, epochs=2).fit(
+    quiet_trainer(tmp_path, callback).fit(model, loader(), loader())
+    quiet_trainer(tmp_path, callback, max_epochs=2).fit(
         model, loader(), loader(), ckpt_path=str(tmp_path / "dense.ckpt"), weights_only=True
     )
     rows = model.fc.weight.detach()
@@ -67,11 +53,11 @@ def test_a_dense_checkpoint_under_a_used_callback_is_compressed_again(tmp_path: 
 
 def test_a_pruned_checkpoint_can_be_quantized_without_training(tmp_path: Path) -> None:
     pruned = obc.OBCCallback([obc.Prune("2:4")], SPEC, save_checkpoint=tmp_path / "pruned.ckpt", verbose=False)
-    trainer(tmp_path, pruned).fit(Small(), loader(), loader())
+    quiet_trainer(tmp_path, pruned).fit(Small(), loader(), loader())
     model = Small()
     model.train_dataloader = loader  # type: ignore[method-assign]
     again = obc.OBCCallback([obc.Quantize(4, at="validate")], SPEC, save_checkpoint=False, verbose=False)
-    trainer(tmp_path, again).validate(
+    quiet_trainer(tmp_path, again).validate(
         model, loader(), ckpt_path=str(tmp_path / "pruned.ckpt"), weights_only=True, verbose=False
     )
     rows = model.fc.weight.detach()
@@ -87,7 +73,7 @@ def test_a_plateau_is_refused_as_long_as_it_does_not_work() -> None:
 
 def test_a_saved_file_is_never_overwritten(tmp_path: Path) -> None:
     for _ in range(2):
-        trainer(tmp_path, recipe(save=True)).fit(Small(), loader(), loader())
+        quiet_trainer(tmp_path, recipe(save=True)).fit(Small(), loader(), loader())
     assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["compressed-v1.ckpt", "compressed.ckpt"]
 
 
