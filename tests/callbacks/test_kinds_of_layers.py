@@ -109,3 +109,15 @@ def test_a_reference_that_training_would_leave_behind_is_refused() -> None:
     with pytest.raises(ScheduleError, match="at that time"):
         obc.OBCCallback([obc.Prune("2:4", at={"epoch": 1}), obc.Correct("statistics", at="train_end")])
     obc.OBCCallback([obc.Prune("2:4", at={"epoch": 1}), obc.Correct("batch_norm", at="train_end")])
+
+
+def test_a_gradual_schedule_reaches_its_sparsity_step_by_step(tmp_path: Path) -> None:
+    model = Small()
+    gradual = obc.Prune(0.8, at={"epoch": 0}, layers=["conv"], schedule=obc.Gradual(3, every=1, initial=0.2))
+    callback = obc.OBCCallback([gradual], obc.Calibration(samples=48), save_checkpoint=False, verbose=False)
+    quiet_trainer(tmp_path, callback, max_epochs=3).fit(model, loader(), loader())
+    levels = [stage.layers[0].sparsity for stage in callback.report.stages]
+    assert levels[0] == pytest.approx(0.2, abs=0.01)
+    assert levels == sorted(set(levels))
+    assert levels[-1] == pytest.approx(0.8, abs=0.01)
+    assert float((model.conv.weight == 0).float().mean()) == pytest.approx(levels[-1])

@@ -11,7 +11,6 @@ import torch
 from sweep_cases import MODES, Mode, agreement, assert_parity, direct_loss, in_dtype, make_problem
 
 from lightning_obc.kernels.obs_sweep import SweepInput, SweepOutput
-from lightning_obc.kernels.obs_sweep.types import WORN_FLOAT32
 
 BACKENDS = ["torch", "numba"]
 DTYPES = [torch.float32, torch.float64]
@@ -69,11 +68,11 @@ def test_parity_across_panels_and_compaction(mode: Mode, keep: float | None, bac
 
 
 @by_backend
-@pytest.mark.parametrize(("damping", "order"), [(1e-4, 0.99), (1e-6, 0.96)])
+@pytest.mark.parametrize(("damping", "order"), [(1e-4, 0.99), (1e-6, 0.98)])
 @pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[5]], ids=lambda mode: mode.name)
 def test_fewer_samples_than_columns(mode: Mode, damping: float, order: float, backend: str) -> None:
-    """Restarts from float64 keep the float32 order. A loss is as accurate as pivots of 1/150 leave it, against what the
-    row is worth."""
+    """Restarts from float64 keep the float32 order. A loss is compared against what the row is worth: pivots worn to
+    1/150 cost float32 more than the 1e-5 of well-conditioned problems (1.4e-5 was the most seen)."""
     problem, oracle = solved((1, 3, 200), mode, None, damping=damping, samples=90)
     got = mode.run(in_dtype(problem, torch.float32), backend)
     assert not bool(got.broken.any())
@@ -81,7 +80,7 @@ def test_fewer_samples_than_columns(mode: Mode, damping: float, order: float, ba
     expected = oracle.losses.sum(-1)
     worth = ((problem.weight @ problem.hessian) * problem.weight).sum(-1) / 2
     difference = (got.losses.double().sum(-1) - expected).abs()
-    assert bool((difference <= 4 * WORN_FLOAT32 * 2**-23 * torch.maximum(worth, expected)).all())
+    assert bool((difference <= 3e-5 * torch.maximum(worth, expected)).all())
 
 
 @by_backend
