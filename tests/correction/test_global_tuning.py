@@ -178,7 +178,7 @@ def test_never_worse_than_the_beginning() -> None:
 
 def test_the_time_limit_ends_it() -> None:
     dense, small, batches = _nets()
-    report = tune_global(small, dense, batches, lr=1e-3, epochs=10**9, time_limit=0.5)
+    report = tune_global(small, dense, batches, lr=1e-3, epochs=10**9, patience=10**9, time_limit=0.5)
     assert "time limit of 0.5 s" in report.notes[0]
     assert 0 < report.seconds < 5
 
