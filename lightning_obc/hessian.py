@@ -24,16 +24,25 @@ class Hessian:
         halves: ``[2, g, d, d]`` float64, ``Σ x xᵀ`` over the samples of each half, both triangles filled.
         samples: ``[2]`` numbers of samples in each half (Python ints).
         estimate: True when positions were sub-sampled, so that losses are estimates.
+        rows: ``[2, g, R]`` float64, how often each row of the weight is looked up in each half, of embeddings; None
+            elsewhere. Row ``r`` then has a Hessian of its own, ``H + h_r I`` with ``h_r = 2 c_r / n``.
     """
 
     halves: Tensor
     samples: tuple[int, int]
     estimate: bool = False
+    rows: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.halves.shape)
         if len(shape) != 4 or shape[0] != 2 or shape[2] != shape[3]:
             raise ShapeError("The halves of a Hessian have the wrong shape", got=shape, expected="[2, g, d, d]")
+        if self.rows is not None and tuple(self.rows.shape[:2]) != shape[:2]:
+            raise ShapeError(
+                "The row counts do not belong to the Hessian",
+                got=tuple(self.rows.shape),
+                expected=f"[2, {shape[1]}, R]",
+            )
 
     @property
     def groups(self) -> int:
@@ -44,19 +53,33 @@ class Hessian:
         return self.halves.shape[2]
 
     def full(self) -> Tensor:
-        """``H = 2 Σ x xᵀ / n`` over all samples, ``[g, d, d]`` float64."""
-        return self.halves.sum(0) * (2.0 / max(sum(self.samples), 1))
+        """``H = 2 Σ x xᵀ / n`` over all samples, ``[g, d, d]`` float64; where rows are counted, the mean over rows."""
+        return self._scaled(self.halves.sum(0), None if self.rows is None else self.rows.sum(0), sum(self.samples))
 
     def half(self, index: int) -> Tensor:
         """``H`` of one half alone, ``[g, d, d]`` float64, with that half's own ``n``."""
-        return self.halves[index] * (2.0 / max(self.samples[index], 1))
+        rows = None if self.rows is None else self.rows[index]
+        return self._scaled(self.halves[index], rows, self.samples[index])
+
+    def row_weights(self) -> Tensor | None:
+        """``h_r`` over all samples, ``[g, R]`` float64, where rows are counted."""
+        return None if self.rows is None else self.rows.sum(0) * (2.0 / max(sum(self.samples), 1))
+
+    @staticmethod
+    def _scaled(total: Tensor, rows: Tensor | None, samples: int) -> Tensor:
+        scale = 2.0 / max(samples, 1)
+        hessian = total * scale
+        if rows is not None:
+            hessian.diagonal(dim1=-2, dim2=-1).add_(rows.mean(-1, keepdim=True) * scale)
+        return hessian
 
     @property
     def has_both_halves(self) -> bool:
         return min(self.samples) > 0
 
     def to(self, device: torch.device | str) -> Hessian:
-        return Hessian(self.halves.to(device), self.samples, self.estimate)
+        rows = None if self.rows is None else self.rows.to(device)
+        return Hessian(self.halves.to(device), self.samples, self.estimate, rows)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ def dead_columns(hessian: Tensor) -> Tensor:
     return hessian.diagonal(dim1=-2, dim2=-1) == 0
 
 
+def is_diagonal(matrix: Tensor) -> bool:
+    """True when ``[g, d, d]`` has no entry other than 0 off its diagonals."""
+    return int(torch.count_nonzero(matrix)) == int(torch.count_nonzero(matrix.diagonal(dim1=-2, dim2=-1)))
+
+
 def damped(hessian: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """``H + λ·mean(diag H)·I`` and ``λ̄``.
 

@@ -22,6 +22,7 @@ from lightning_obc.errors import BackendError, NonFiniteError, OBCError, Pattern
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.obs import LayerSolution, prune, quantize
+from lightning_obc.obs.lookup import solve_by_rows
 from lightning_obc.obs.recentre import Recentred, against_before, recentre
 from lightning_obc.planning import (
     LayerPlan,
@@ -60,13 +61,21 @@ class LayerStore(Protocol):
     def save(self, name: str, solution: LayerSolution) -> None: ...
 
 
-@singledispatch
 def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    """Run the engine on one layer, ``weight [g, R, d]``. One implementation per stage type."""
+    """Run the engine on one layer, ``weight [g, R, d]``."""
+    if not isinstance(hessian, Hessian) or hessian.rows is None:
+        return _solve(stage, weight, hessian, channels)
+    together = not isinstance(stage, Quantize) or stage.parsed.granularity == "tensor"
+    return solve_by_rows(weight, hessian, lambda w, h: _solve(stage, w, h, channels), together=together)
+
+
+@singledispatch
+def _solve(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
+    """One implementation per stage type."""
     raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
 
 
-@solve_layer.register
+@_solve.register
 def _solve_prune(stage: Prune, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
     options: dict[str, Any] = {"channels": channels, "misfit": stage.misfit, "damping": stage.damping}
     if stage.solver != "obs":
@@ -75,7 +84,7 @@ def _solve_prune(stage: Prune, weight: Tensor, hessian: Hessian, channels: int) 
     return prune(weight, hessian, stage.parsed, **options)
 
 
-@solve_layer.register
+@_solve.register
 def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
     mask = weight != 0
     kept = None if bool(mask.all()) else mask

@@ -24,6 +24,7 @@ from lightning_obc.layers import (
     ProblemShape,
     adapter_for,
     blocks_of,
+    is_lookup,
     reason_unsupported,
     select_layers,
 )
@@ -46,7 +47,9 @@ class LayerPlan:
 
     @property
     def sweep_flops(self) -> float:
-        """⅔·R·d³ per problem, the cost of a full elimination."""
+        """⅔·R·d³ per problem, the cost of a full elimination; 0 for embeddings, which are rounded."""
+        if is_lookup(self.module):
+            return 0.0
         return sweep_flops(self.shape.groups, self.shape.rows, self.shape.columns)
 
 
@@ -188,6 +191,9 @@ def plan_stage(model: nn.Module, stage: Stage, calibration: Calibration | None =
     misfits: dict[str, PatternError] = {}
     for name, module in select_layers(model, stage.layers, stage.exclude).items():
         shape = _adapter(module).shape(module)
+        if isinstance(stage, Prune) and is_lookup(module):
+            skipped[name] = "its rows are looked up, not multiplied: embeddings are quantized only"
+            continue
         try:
             check_layer(stage, shape)
         except PatternError as error:
@@ -202,7 +208,7 @@ def plan_stage(model: nn.Module, stage: Stage, calibration: Calibration | None =
     if not layers:
         raise LayerNotFoundError(
             f"{stage} has no layer to compress",
-            got=f"{len(skipped)} layers, all left out" if skipped else "no layer",
+            got="; ".join(f"{name}: {reason}" for name, reason in skipped.items()) if skipped else "no layer",
             expected="at least one layer that the pattern fits",
             remedy="choose other layers, another pattern or misfit",
         )

@@ -24,7 +24,7 @@ from lightning_obc.errors import (
     UnsupportedLayerError,
 )
 from lightning_obc.grids import Grid
-from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.layers import adapter_for, is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.specs import IntGrid
 
@@ -65,7 +65,7 @@ class ActivationQuantizer:
         self._model = model
         self._layers = _hookable(select_layers(model, layers, exclude), explicit=layers is not None)
         self.spec = spec or ActivationGrid()
-        everything = list(select_layers(model))
+        everything = [name for name, module in select_layers(model).items() if not is_lookup(module)]
         self._edges = {everything[0], everything[-1]} if edges_at_8 else set()
         self._observers = {
             name: RangeObserver(self.spec.granularity, name=name, seed=index) for index, name in enumerate(self._layers)
@@ -245,14 +245,16 @@ class ActivationQuantizer:
 
 
 def _hookable(layers: Mapping[str, nn.Module], explicit: bool) -> dict[str, nn.Module]:
-    hookable = {name: module for name, module in layers.items() if not isinstance(module, LayerPart)}
+    hookable = {
+        name: module for name, module in layers.items() if not (isinstance(module, LayerPart) or is_lookup(module))
+    }
     hidden = sorted(set(layers) - set(hookable))
     if hidden and (explicit or not hookable):
         raise UnsupportedLayerError(
             "The inputs of some layers cannot be quantized",
             got=", ".join(hidden),
             expected="layers that are modules of their own",
-            remedy="exclude them; they are single weights of attention or recurrent modules",
+            remedy="exclude them; they are embeddings, or single weights of attention or recurrent modules",
         )
     return hookable
 

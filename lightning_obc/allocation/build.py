@@ -27,7 +27,7 @@ from lightning_obc.allocation.solve import Recipe, choose_damping, new_record, s
 from lightning_obc.allocation.storage import read_tensors, triangle, write_json, write_tensors
 from lightning_obc.errors import FingerprintError, NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.layers import select_layers
+from lightning_obc.layers import is_lookup, select_layers
 
 Hessians = Union[Mapping[str, Hessian], Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]]
 Progress = Callable[[str, float, float], None]
@@ -69,7 +69,8 @@ def build_database(
     """
     path, recipe = Path(path), recipe or Recipe()
     wanted = check_levels(levels)
-    chosen = select_layers(model, layers, exclude)
+    # Rows of embeddings are looked up: they cost no operations, and are not pruned.
+    chosen = {name: m for name, m in select_layers(model, layers, exclude).items() if not is_lookup(m)}
     dense = dense_weights(model, list(chosen))
     entries = {
         name: entry_of(number, name, module, dense[name]) for number, (name, module) in enumerate(chosen.items())

@@ -31,7 +31,7 @@ from lightning_obc.allocation.stitch import stitch
 from lightning_obc.calibration import CalibrationBatches, calibration_batches, collect_hessians
 from lightning_obc.errors import SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.layers import adapter_for, is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.report.progress import Progress, shown
 from lightning_obc.specs import Calibration
@@ -264,7 +264,7 @@ def _costs(
 ) -> tuple[CostTable, float, float]:
     """Costs of all levels that may be chosen, of what has no choice, and of the dense model."""
     model, database = setting.model, setting.database
-    everything = select_layers(model)
+    everything = {name: module for name, module in select_layers(model).items() if not is_lookup(module)}
     allowed = {name: _allowed(name, everything, database.levels(name), edges_at_8) for name in database.layers}
     if isinstance(cost, LatencyTable):
         table = cost.costs(allowed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_obc.errors import CalibrationError
+from lightning_obc.errors import CalibrationError, OBCError
 
 _LABELS = ("labels", "label", "label_ids", "targets", "target")
 
@@ -93,6 +93,8 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
         batch = batch[0]
     try:
         return model(**_accepted(model, batch)) if isinstance(batch, Mapping) else model(batch)
+    except OBCError:
+        raise  # Of a hook: it says already what is wrong, and where.
     except (TypeError, NotImplementedError) as error:
         raise CalibrationError(
             "A calibration batch cannot be sent through the model",

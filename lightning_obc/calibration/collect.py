@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device, token_mask_of
-from lightning_obc.calibration.inputs import LayerInputs
+from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import eager_forward as eager_forward
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.isolation import undisturbed as undisturbed
@@ -64,8 +64,10 @@ def collect_hessians(
         LayerNotReachedError: No batch passed through some layer.
         NonFiniteError: NaN or Inf in the input of a layer.
     """
-    run = batch_runner(model, forward, device)
-    gathering = Gathering({name: HessianAccumulator(module, name=name) for name, module in layers.items()})
+    run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
+    gathering = Gathering(
+        {name: HessianAccumulator(module, name=name, lookup=name in lookups) for name, module in layers.items()}
+    )
     inputs = LayerInputs(layers, gathering.update)
     with traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):

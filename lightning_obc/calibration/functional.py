@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_obc.layers import adapter_for
+from lightning_obc.layers import adapter_for, is_lookup
 from lightning_obc.layers.linear import LinearAdapter
 
 
@@ -17,14 +17,15 @@ class FunctionalCalls(TorchFunctionMode):
     """Reports ``F.linear(x, layer.weight, …)`` for layers that are not being called as modules.
 
     Args:
-        layers: Layers by name; only those of plain linear adapters are watched.
+        layers: Layers by name; only those of plain linear adapters, and embeddings, are watched.
         report: Called as ``report(name, x)``.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], report: Callable[[str, Tensor], None]) -> None:
         super().__init__()
         plain = {name: module for name, module in layers.items() if type(adapter_for(module)) is LinearAdapter}
-        self._names = {id(module.weight): name for name, module in plain.items()}
+        rows = {name: module for name, module in layers.items() if is_lookup(module)}
+        self._names = {id(module.weight): name for name, module in (plain | rows).items()}
         self._watched = set(plain)
         self._report, self._called = report, set[str]()
 

@@ -10,9 +10,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_obc.calibration.functional import FunctionalCalls
-from lightning_obc.layers import adapter_for, sharing_modules
+from lightning_obc.layers import LayerPart, adapter_for, is_lookup, sharing_modules
+from lightning_obc.layers.linear import LinearAdapter
 
 Receive = Callable[[str, nn.Module, Tensor], None]
+
+
+def looked_up(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the layers that are embeddings, or share their weight with one."""
+    others = sharing_modules(model, layers)
+    return {name for name, module in layers.items() if any(is_lookup(m) for m in (module, *others[name]))}
 
 
 class LayerInputs:
@@ -48,13 +55,17 @@ class LayerInputs:
         assert adapter is not None
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._functional_calls.module_called(name)
+            if not adapter.lookup:
+                self._functional_calls.module_called(name)
             self._receive(name, module, adapter.inputs(module, args, kwargs))
 
         return adapter.owner(module).register_forward_pre_hook(hook, with_kwargs=True)
 
     def _called_functionally(self, name: str, x: Tensor) -> None:
         module = self._layers[name]
+        if is_lookup(module):
+            # The weight of an embedding, multiplied with: what an output layer does that has none of its own.
+            module = LayerPart(module, "weight", LinearAdapter())
         adapter = adapter_for(module)
         assert adapter is not None
         self._receive(name, module, adapter.inputs(module, (x,), {}))

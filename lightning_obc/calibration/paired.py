@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from lightning_obc.calibration.collect import Forward, Gathering, Progress, batch_runner, count_batches
 from lightning_obc.calibration.dense import DenseWeights
-from lightning_obc.calibration.inputs import LayerInputs
+from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
-from lightning_obc.errors import LayerNotReachedError, ShapeError
+from lightning_obc.errors import LayerNotReachedError, ShapeError, UnsupportedLayerError
 from lightning_obc.hessian import PairedHessian
 from lightning_obc.kernels.hessian_update import symmetrise_
 from lightning_obc.layers import LayerAdapter, adapter_for
@@ -26,8 +26,10 @@ class PairedAccumulator(HessianAccumulator):
     ``x'`` are the inputs behind compressed layers, which the halves of the statistic hold; ``x`` those before.
     """
 
-    def __init__(self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None) -> None:
-        super().__init__(module, name=name, device=device)
+    def __init__(
+        self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None, lookup: bool = False
+    ) -> None:
+        super().__init__(module, name=name, device=device, lookup=lookup)
         with torch.inference_mode(False):
             self.cross = torch.zeros_like(self.sums[0])
             self.difference = torch.zeros_like(self.sums[0])
@@ -50,11 +52,23 @@ class PairedAccumulator(HessianAccumulator):
         module = self._module if module is None else module
         self.update(x, module)
         adapter = self._adapter_of(module)
+        if adapter.lookup:
+            self._check_same(before, x)
+            return
         x, before = self._without_padding(x, module), self._without_padding(before, module)
         x = x if x.dtype == torch.float64 else x.float()
         change = before.to(x.dtype) - x
         adapter.accumulate_(module, self.difference, change)
         adapter.accumulate_cross_(module, self.cross, change, x)
+
+    def _check_same(self, before: Tensor, x: Tensor) -> None:
+        if not torch.equal(before, x):
+            raise UnsupportedLayerError(
+                f"Layer {self.name!r} looks up other rows than before the compression",
+                got="indices that depend on earlier layers",
+                expected="the same indices for the same batch",
+                remedy='exclude the layer, or use Calibration(mode="independent")',
+            )
 
     def finite(self) -> Tensor:
         return super().finite() & self.difference.diagonal(dim1=-2, dim2=-1).isfinite().all()
@@ -108,8 +122,10 @@ def collect_paired(
     Raises:
         ShapeError: The input of a layer changes its shape when earlier layers are compressed.
     """
-    run = batch_runner(model, forward, device)
-    gathering = _Pairs({name: PairedAccumulator(module, name=name) for name, module in layers.items()})
+    run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
+    gathering = _Pairs(
+        {name: PairedAccumulator(module, name=name, lookup=name in lookups) for name, module in layers.items()}
+    )
     inputs = LayerInputs(layers, gathering.receive)
     with traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):

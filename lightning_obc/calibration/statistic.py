@@ -21,12 +21,15 @@ class HessianAccumulator:
         module: The layer; an adapter must handle it.
         name: Name of the layer in errors.
         device: Where the sums live; None means the device of the layer's weight.
+        lookup: Also count how often each row is looked up, because an embedding shares the weight.
 
     Raises:
         UnsupportedLayerError: No adapter handles the module.
     """
 
-    def __init__(self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None, lookup: bool = False
+    ) -> None:
         adapter = adapter_for(module)
         if adapter is None:
             raise UnsupportedLayerError(
@@ -38,6 +41,7 @@ class HessianAccumulator:
         # Tensors made in inference mode could not be used in training afterwards.
         with torch.inference_mode(False):
             self.sums = torch.zeros(size, dtype=torch.float64, device=device or adapter.current(module).device)
+            self.rows = self.sums.new_zeros(2, self.shape.groups, self.shape.rows) if lookup or adapter.lookup else None
         self.samples = [0, 0]
         self.batch_index = -1
         self._batch_size, self._start = 0, 0
@@ -89,9 +93,15 @@ class HessianAccumulator:
             for parity in (0, 1):
                 part = by_sample[self._offset(parity) :: 2]
                 if part.shape[0]:
-                    adapter.accumulate_(module, self.sums[parity], part.flatten(0, 1))
+                    self._add_(adapter, module, parity, part.flatten(0, 1))
         else:
-            adapter.accumulate_(module, self.sums[self.batch_index % 2], x)
+            self._add_(adapter, module, self.batch_index % 2, x)
+
+    def _add_(self, adapter: LayerAdapter, module: nn.Module, half: int, x: Tensor) -> None:
+        if not adapter.lookup:
+            adapter.accumulate_(module, self.sums[half], x)
+        elif self.rows is not None:
+            adapter.count_rows_(module, self.rows[half], x)
 
     def _without_padding(self, x: Tensor, module: nn.Module) -> Tensor:
         if self._token_mask is None:
@@ -134,6 +144,8 @@ class HessianAccumulator:
                 "Statistics of different layers cannot be merged", got=other.shape, expected=str(self.shape)
             )
         self.sums.add_(other.sums.to(self.sums.device))
+        if self.rows is not None and other.rows is not None:
+            self.rows.add_(other.rows.to(self.rows.device))
         self.samples = [mine + theirs for mine, theirs in zip(self.samples, other.samples, strict=True)]
 
     def finalise(self) -> Hessian:
@@ -144,7 +156,8 @@ class HessianAccumulator:
         """
         self.raise_if_not_finite()
         with torch.inference_mode(False):
-            return Hessian(symmetrise_(self.sums.clone()), self._counts)
+            rows = None if self.rows is None else self.rows.clone()
+            return Hessian(symmetrise_(self.sums.clone()), self._counts, rows=rows)
 
     def release(self) -> Hessian:
         """The statistic without a copy of the sums; the accumulator must not be used afterwards.
@@ -154,7 +167,7 @@ class HessianAccumulator:
         """
         self.raise_if_not_finite()
         with torch.inference_mode(False):
-            return Hessian(symmetrise_(self.sums), self._counts)
+            return Hessian(symmetrise_(self.sums), self._counts, rows=self.rows)
 
     @property
     def _counts(self) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from lightning_obc.layers.blocks import blocks_of
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 from lightning_obc.layers.registry import (
     adapter_for,
+    is_lookup,
     parts_of,
     reason_unsupported,
     register_adapter,
@@ -22,6 +23,7 @@ __all__ = [
     "ProblemShape",
     "adapter_for",
     "blocks_of",
+    "is_lookup",
     "normalise_name",
     "parts_of",
     "reason_unsupported",

@@ -42,7 +42,13 @@ class LayerAdapter(ABC):
     An adapter has no state: one instance serves all modules of its type. The order of columns is (kernel position,
     input channel), channels fastest, everywhere. To support another type of layer, write the abstract methods and call
     :func:`~lightning_obc.layers.register_adapter`.
+
+    Attributes:
+        lookup: True for layers whose rows are looked up by index, not multiplied. They are quantized only, have no
+            activations to quantize, and implement :meth:`count_rows_`.
     """
+
+    lookup = False
 
     def weight(self, module: nn.Module) -> Tensor:
         """The live weight, in the layout of the module. In-place changes of it change the module.
@@ -98,6 +104,14 @@ class LayerAdapter(ABC):
             got=f"{type(self).__name__} without accumulate_cross_",
             expected="an adapter that implements it",
             remedy='use Calibration(mode="independent"), exclude the layer, or implement accumulate_cross_',
+        )
+
+    def count_rows_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
+        """Add how often each row is looked up by a normalised input to ``out`` ``[g, R]`` float64."""
+        raise UnsupportedLayerError(
+            f"The adapter of a {type(module).__name__} does not count its rows",
+            got=f"{type(self).__name__} with lookup=True",
+            expected="an adapter that implements count_rows_",
         )
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -14,6 +14,7 @@ from lightning_obc.layers.attention import attention_parts
 from lightning_obc.layers.base import LayerAdapter
 from lightning_obc.layers.conv import ConvAdapter, ConvTransposeAdapter
 from lightning_obc.layers.linear import LinearAdapter, TransposedLinearAdapter
+from lightning_obc.layers.lookup import LookupAdapter
 from lightning_obc.layers.parametrized import reason_not_invertible
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.layers.recurrent import recurrent_parts
@@ -28,6 +29,7 @@ _ADAPTERS: dict[type[nn.Module], LayerAdapter] = {
     nn.ConvTranspose1d: ConvTransposeAdapter(),
     nn.ConvTranspose2d: ConvTransposeAdapter(),
     nn.ConvTranspose3d: ConvTransposeAdapter(),
+    nn.Embedding: LookupAdapter(),
 }
 # Types of packages that are not imported here, by their full names.
 _BY_NAME: dict[str, LayerAdapter] = {"transformers.pytorch_utils.Conv1D": TransposedLinearAdapter()}
@@ -91,6 +93,12 @@ def parts_of(module: nn.Module) -> dict[str, LayerPart]:
     return _PARTS[base](module)
 
 
+def is_lookup(module: nn.Module) -> bool:
+    """True for layers whose rows are looked up, such as embeddings: quantized only, without activations."""
+    adapter = adapter_for(module)
+    return adapter is not None and adapter.lookup
+
+
 def weight_key(module: nn.Module) -> int:
     """The same number for layers that share one weight, and for no others."""
     adapter = adapter_for(module)
@@ -109,6 +117,8 @@ def reason_unsupported(module: nn.Module) -> str | None:
         return f"{kind.__name__} overrides the forward of {base.__name__}; register an adapter for it"
     if base in _PARTS:
         return "a module with several weights, some of them parametrized" if is_parametrized(module) else None
+    if getattr(module, "max_norm", None) is not None:
+        return "its forward rescales its rows (max_norm)"
     return _reason_weight(module)
 
 

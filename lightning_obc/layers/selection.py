@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_obc.errors import LayerNotFoundError, UnsupportedLayerError
 from lightning_obc.layers.parts import LayerPart
-from lightning_obc.layers.registry import adapter_for, parts_of, reason_unsupported, weight_key
+from lightning_obc.layers.registry import adapter_for, is_lookup, parts_of, reason_unsupported, weight_key
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
@@ -39,8 +39,8 @@ def select_layers(
 
     Returns:
         Modules by name; a module with several weights (attention, recurrent layers) comes as its parts. A shared
-        module appears once, under its first name; of modules that share a weight the first one stands for all, and
-        none is selected when one of them is excluded.
+        module appears once, under its first name; of modules that share a weight the first one stands for all
+        (before embeddings, whichever of them is named), and none is selected when one of them is excluded.
 
     Raises:
         LayerNotFoundError: An entry, or the whole selection, matches nothing.
@@ -50,12 +50,9 @@ def select_layers(
     supported = {name: module for name, module in modules.items() if adapter_for(module) is not None}
     chosen = set(supported) if layers is None else _matching(modules, supported, layers)
     excluded = set() if exclude is None else _matching(modules, supported, exclude, excluding=True)
-    seen = {weight_key(supported[name]) for name in excluded}
-    result: dict[str, nn.Module] = {}
-    for name, module in supported.items():
-        if name in chosen and weight_key(module) not in seen:
-            seen.add(weight_key(module))
-            result[name] = module
+    left_out = {weight_key(supported[name]) for name in excluded}
+    wanted = {weight_key(supported[name]) for name in chosen} - left_out
+    result = {name: module for name, module in _first_of_each(supported) if weight_key(module) in wanted}
     if not result:
         raise LayerNotFoundError(
             "No layer is left to compress",
@@ -63,6 +60,17 @@ def select_layers(
             expected=f"at least one of {_few(list(supported))}" if supported else "a model with supported layers",
         )
     return result
+
+
+def _first_of_each(supported: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """One module for each weight, in module order: the first that multiplies with it, or else the first."""
+    first: dict[int, str] = {}
+    for name, module in supported.items():
+        key = weight_key(module)
+        if key not in first or (is_lookup(supported[first[key]]) and not is_lookup(module)):
+            first[key] = name
+    names = set(first.values())
+    return [(name, module) for name, module in supported.items() if name in names]
 
 
 def sharing_modules(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, list[nn.Module]]:

@@ -113,11 +113,16 @@ def choose_codes(
         table = obs_sweep.GridInput(scale, zero, grid.max_code)
         return obs_sweep.sweep_quantize(swept, table, backend=backend, memory_budget=memory_budget)
 
-    problem, output = run_with_retries(problem, kernel)
-    assert output.codes is not None
+    if linalg.is_diagonal(problem.damped):
+        # No weight can make up for another: every order ends at the nearest points, which zeros are already.
+        codes = grid.encode(start)
+    else:
+        problem, output = run_with_retries(problem, kernel)
+        assert output.codes is not None
+        codes = output.codes
     if spec.scale == "hessian":
-        grid = refit_scale(grid, output.codes, problem.original_batched(), problem.damped)
-    return GreedyCodes(problem, grid, output.codes)
+        grid = refit_scale(grid, codes, problem.original_batched(), problem.damped)
+    return GreedyCodes(problem, grid, codes)
 
 
 def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_obc import linalg
 from lightning_obc.errors import ShapeError
 from lightning_obc.hessian import PairedHessian
+from lightning_obc.obs.lookup import row_excess
 from lightning_obc.obs.problem import quadratic
 from lightning_obc.obs.solution import LayerSolution
 
@@ -68,7 +69,7 @@ def output_error(before: Tensor, weight: Tensor, paired: PairedHessian) -> float
     delta = dense - weight.double()
     mixed = float(((dense @ paired.cross.to(device)) * delta).sum())
     own = quadratic(dense, paired.difference.to(device)) + quadratic(delta, paired.hessian.full().to(device))
-    return max(0.0, own + mixed)
+    return max(0.0, own + mixed + row_excess(delta, paired.hessian))
 
 
 def against_before(solution: LayerSolution, before: Tensor, paired: PairedHessian) -> LayerSolution:
@@ -79,7 +80,7 @@ def against_before(solution: LayerSolution, before: Tensor, paired: PairedHessia
         before: ``W``, ``[g, R, d]``.
         paired: Statistic of the layer's inputs before and after.
     """
-    reference = quadratic(before.double(), paired.before().to(before.device))
+    reference = quadratic(before.double(), paired.before().to(before.device)) + row_excess(before, paired.hessian)
     return replace(solution, loss=output_error(before, solution.weight, paired), reference=reference)
 
 

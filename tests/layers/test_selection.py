@@ -114,11 +114,18 @@ def test_what_no_adapter_handles_is_listed_with_the_reason() -> None:
     assert "no parameter" in reasons["old_norm"]
 
 
-def test_an_embedding_tied_to_an_output_layer_is_named() -> None:
+def test_of_an_embedding_and_its_output_layer_the_output_layer_is_named() -> None:
     model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["embedding"].weight
     assert list(select_layers(model)) == ["head"]
-    assert "shares the weight of 'head'" in unsupported_layers(model)["embedding"]
+    assert list(select_layers(model, ["embedding"])) == ["head"]
+    assert unsupported_layers(model) == {}
+
+
+def test_a_module_without_an_adapter_that_shares_a_weight_is_named() -> None:
+    model = nn.ModuleDict({"bag": nn.EmbeddingBag(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["bag"].weight
+    assert "shares the weight of 'head'" in unsupported_layers(model)["bag"]
 
 
 def test_registering_an_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
