@@ -169,6 +169,7 @@ class _StageRun:
         self.outcomes: dict[str, _Outcome] = {}
         self.total, self.done = sum(layer.sweep_flops for layer in plan.layers), 0.0
         self.samples = 0
+        self.recentred: set[str] = set()
 
     def groups(self) -> list[list[LayerPlan]]:
         """Layers that are compressed at once, in the order in which batches reach them."""
@@ -182,6 +183,7 @@ class _StageRun:
         return grouped([layers[name] for name in order], self.spec, blocks_of(self.model, order))
 
     def solve(self, group: Sequence[LayerPlan]) -> None:
+        self.recentred = self._recentred(group)
         for part in within_memory(group, self.spec):
             statistics = self._statistics(part)
             _check_finite(part, statistics)
@@ -191,6 +193,14 @@ class _StageRun:
                     self.progress(f"{self.stage}: {layer.name}", self.done, self.total)
                 self.outcomes[layer.name] = self._solved(layer, statistics.pop(layer.name))
                 self.done += layer.sweep_flops
+
+    def _recentred(self, group: Sequence[LayerPlan]) -> set[str]:
+        """Layers that are moved to make up for what came before: not those behind them in the group, or these would
+        make up for it again."""
+        names = {layer.name for layer in group}
+        if not self.spec.recentring or len(group) == 1 or not isinstance(self.collect, Collector):
+            return names
+        return self.collect.fed_from_outside({layer.name: layer.module for layer in group})
 
     def _statistics(self, part: Sequence[LayerPlan]) -> dict[str, Hessian | PairedHessian]:
         modules = {layer.name: layer.module for layer in part}
@@ -204,7 +214,8 @@ class _StageRun:
         try:
             weight = weight_matrix(layer.module)
             if isinstance(statistic, PairedHessian):
-                start = recentre(weight, statistic, mixing=self.spec.recentring, damping=_damping(self.stage))
+                mixing = self.spec.recentring if layer.name in self.recentred else 0.0
+                start = recentre(weight, statistic, mixing=mixing, damping=_damping(self.stage))
             if solution is None:
                 solution = self._solution(layer, weight, statistic, start)
         except Exception as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_obc as obc
+from lightning_obc.calibration import Collector
 from lightning_obc.calibration_spec import parse_bytes
 from lightning_obc.errors import OBCError, SpecError
 from lightning_obc.layers import blocks_of, select_layers
@@ -206,3 +207,49 @@ def test_amounts_of_memory(text: Any, size: int | None) -> None:
 def test_impossible_calibrations(options: dict[str, Any]) -> None:
     with pytest.raises(SpecError, match=r"Calibration\."):
         obc.Calibration(**options)
+
+
+def test_asymmetric_blocks_make_up_for_what_came_before_only_once() -> None:
+    """Deep blocks of layers in a row: each moved for all of the earlier error would add up to a multiple of it."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(16, 16) for _ in range(4))
+            for parameter in (self.a.weight, self.b.weight, self.c.weight, self.d.weight):
+                nn.init.kaiming_normal_(parameter)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        dense, x = nn.Sequential(Chain(), Chain(), Chain()), torch.randn(400, 16)
+        errors = {}
+        for mode in ("independent", "asymmetric"):
+            model, spec = copy.deepcopy(dense), obc.Calibration(mode=mode, together="block")
+            obc.compress(model, x, obc.Quantize(3), calibration=spec, on_failure="raise")
+            with torch.no_grad():
+                errors[mode] = float((model(x) - dense(x)).square().mean())
+        assert errors["asymmetric"] < errors["independent"]
+
+
+def test_which_layers_of_a_group_its_inputs_reach_first() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.value, self.out, self.skip = (nn.Linear(6, 6) for _ in range(4))
+            self.norm = nn.LayerNorm(6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            return self.skip(x) + self.out(self.query(x).softmax(-1) * self.value(x))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), Attention()), torch.randn(5, 6)
+    before = copy.deepcopy(model.state_dict())
+    collect = Collector(model, [x], obc.Calibration())
+    inside = select_layers(model, ["1"])
+    assert collect.fed_from_outside(inside) == {"1.query", "1.value", "1.skip"}
+    assert collect.fed_from_outside(select_layers(model)) == {"0"}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration.collect import Forward, Progress, batch_runner, collect_hessians
@@ -48,7 +49,23 @@ class Collector:
 
     def order(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers in the order in which the first batch reaches them; those that it misses come last."""
-        return self._counted(lambda batches: _order(self.model, layers, batches, self.forward))
+        return list(self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward)))
+
+    def fed_from_outside(self, layers: Mapping[str, nn.Module]) -> set[str]:
+        """Names of the layers whose inputs none of these layers has a part in, as the first batch shows.
+
+        Their inputs stay, bit for bit, when the weights of all these layers change.
+        """
+        weights = DenseWeights()
+        for module in layers.values():
+            weights.keep(module)
+        before = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+        try:
+            weights.disturb_()
+            after = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+        finally:
+            weights.put_back_()
+        return {name for name in layers if _equal(before[name], after[name])}
 
     @property
     def _options(self) -> dict[str, Any]:
@@ -69,13 +86,14 @@ class Collector:
             ) from error
 
 
-def _order(
+def _first_batch(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
-) -> list[str]:
-    seen: dict[str, None] = {}
+) -> dict[str, list[Tensor]]:
+    """Inputs of the layers on the first batch, in the order in which it reaches them, then those that it misses."""
+    seen: dict[str, list[Tensor]] = {}
 
     def receive(name: str, module: nn.Module, x: Tensor) -> None:
-        seen.setdefault(name)
+        seen.setdefault(name, []).append(x.clone())
 
     run, inputs = batch_runner(model, forward), LayerInputs(layers, receive)
     with traceless(model), inputs.watched(model), inputs.one_batch():
@@ -84,4 +102,8 @@ def _order(
             break
         else:
             raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
-    return [*seen, *(name for name in layers if name not in seen)]
+    return seen | {name: [] for name in layers if name not in seen}
+
+
+def _equal(first: list[Tensor], second: list[Tensor]) -> bool:
+    return len(first) == len(second) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

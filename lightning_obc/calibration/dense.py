@@ -29,6 +29,20 @@ class DenseWeights:
                 if id(parameter) not in self._kept:
                     self._kept[id(parameter)] = (parameter, parameter.detach().clone())
 
+    @torch.no_grad()
+    def disturb_(self, seed: int = 0) -> None:
+        """Add noise of each parameter's own size to the live parameters; :meth:`put_back_` undoes it."""
+        generator = torch.Generator().manual_seed(seed)
+        for parameter, value in self._kept.values():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            parameter.copy_(value + noise * (value.float().square().mean().sqrt() + 1e-3).to(value))
+
+    @torch.no_grad()
+    def put_back_(self) -> None:
+        """The remembered values are in the model again."""
+        for parameter, value in self._kept.values():
+            parameter.copy_(value)
+
     @contextmanager
     def restored(self) -> Iterator[None]:
         """The remembered values are in the model inside, what it held before afterwards."""
