@@ -8,21 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.baselines import adaprune, gptq, magnitude, round_to_nearest, sparsegpt
 from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable
 from lightning_obc.correction import CorrectionReport, dense_references, run_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import BackendError, NonFiniteError, OBCError, PatternError, SpecError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
-from lightning_obc.obs import LayerSolution, prune, quantize
-from lightning_obc.obs.lookup import solve_by_rows
+from lightning_obc.obs import LayerSolution
 from lightning_obc.obs.recentre import Recentred, against_before, recentre
 from lightning_obc.planning import (
     LayerPlan,
@@ -36,7 +33,8 @@ from lightning_obc.planning import (
 )
 from lightning_obc.report import CompressionReport, LayerReport, StageReport
 from lightning_obc.report.progress import shown
-from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+from lightning_obc.solving import solve_layer
+from lightning_obc.specs import Calibration, Stage
 
 # Where the stage chooses its own damping, by halves of the samples that recentring does not tell apart.
 _RECENTRING_DAMPING = 0.01
@@ -45,13 +43,6 @@ OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
 Progress = Callable[[str, float, float], None]
 
-PRUNERS: dict[str, Callable[..., LayerSolution]] = {
-    "sparsegpt": sparsegpt,
-    "adaprune": adaprune,
-    "magnitude": magnitude,
-}
-QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {"gptq": gptq, "rtn": round_to_nearest}
-
 
 class LayerStore(Protocol):
     """Durable solutions of single layers, so that an interrupted stage goes on where it stopped."""
@@ -59,39 +50,6 @@ class LayerStore(Protocol):
     def load(self, name: str) -> LayerSolution | None: ...
 
     def save(self, name: str, solution: LayerSolution) -> None: ...
-
-
-def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    """Run the engine on one layer, ``weight [g, R, d]``."""
-    if not isinstance(hessian, Hessian) or hessian.rows is None:
-        return _solve(stage, weight, hessian, channels)
-    together = not isinstance(stage, Quantize) or stage.parsed.granularity == "tensor"
-    return solve_by_rows(weight, hessian, lambda w, h: _solve(stage, w, h, channels), together=together)
-
-
-@singledispatch
-def _solve(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    """One implementation per stage type."""
-    raise SpecError("This stage has no solver", got=type(stage).__name__, expected="Prune or Quantize")
-
-
-@_solve.register
-def _solve_prune(stage: Prune, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    options: dict[str, Any] = {"channels": channels, "misfit": stage.misfit, "damping": stage.damping}
-    if stage.solver != "obs":
-        return PRUNERS[stage.solver](weight, hessian, stage.parsed, **options)
-    options |= {"selection": stage.selection, "backend": stage.backend, "refine": stage.refine}
-    return prune(weight, hessian, stage.parsed, **options)
-
-
-@_solve.register
-def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    mask = weight != 0
-    kept = None if bool(mask.all()) else mask
-    options: dict[str, Any] = {"mask": kept, "channels": channels, "damping": stage.damping}
-    if stage.solver != "obs":
-        return QUANTIZERS[stage.solver](weight, hessian, stage.parsed, **options)
-    return quantize(weight, hessian, stage.parsed, backend=stage.backend, refine=stage.refine, **options)
 
 
 @dataclass(frozen=True)

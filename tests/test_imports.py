@@ -47,14 +47,15 @@ ALLOWED: dict[str, set[str]] = {
     "report": LEAVES | {"layers", "obs"},
     "metrics": LEAVES | {"layers", "obs"},
     "planning": LEAVES | {"layers", "calibration", "obs", "report", "correction"},
+    "solving": LEAVES | {"obs", "baselines"},
     "forecast": LEAVES | {"planning", "layers", "calibration", "obs"},
     "pipeline": LEAVES
     | {
         "planning",
+        "solving",
         "layers",
         "calibration",
         "obs",
-        "baselines",
         "correction",
         "activations",
         "report",

@@ -20,7 +20,7 @@ from lightning_obc.hessian import Hessian
 from lightning_obc.layers import select_layers, unsupported_layers
 from lightning_obc.metrics import AverageBits, Storage
 from lightning_obc.obs import quantize
-from lightning_obc.pipeline import solve_layer
+from lightning_obc.solving import solve_layer
 from lightning_obc.specs import IntGrid
 
 VOCABULARY, FEATURES = 11, 6
