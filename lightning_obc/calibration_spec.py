@@ -39,6 +39,10 @@ class Calibration:
             is what ``"independent"`` means.
         memory: Bytes for the statistics that live at once, as a number or with a unit (``"2 GiB"``). Layers that do
             not fit together are calibrated in several passes, with the same result. ``None`` sets no limit.
+        pooled: Solve all groups of a grouped or depthwise convolution for one Hessian, the mean over its groups, which
+            is known better from few samples, instead of each for its own. Losses are measured with their own.
+        bias: Whenever layers have been compressed, shift their biases so that the means of their outputs are again
+            those of the model before the stage; layers behind them are calibrated on what comes of it.
     """
 
     samples: int = 1024
@@ -49,6 +53,8 @@ class Calibration:
     mixing: float = 1.0
     together: Together = "layer"
     memory: Union[int, str, None] = None
+    pooled: bool = False
+    bias: bool = False
 
     def __post_init__(self) -> None:
         for name in ("samples", "rounds"):

@@ -6,7 +6,7 @@ of independent problems of one layer (groups of a convolution), ``d`` the number
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -72,6 +72,11 @@ class Hessian:
         if rows is not None:
             hessian.diagonal(dim1=-2, dim2=-1).add_(rows.mean(-1, keepdim=True) * scale)
         return hessian
+
+    def pooled(self) -> Hessian:
+        """The mean over the groups, as the statistic of each of them."""
+        halves = self.halves.mean(1, keepdim=True).expand_as(self.halves).contiguous()
+        return replace(self, halves=halves)
 
     @property
     def has_both_halves(self) -> bool:

@@ -14,9 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable
-from lightning_obc.correction import CorrectionReport, dense_references, run_correction
+from lightning_obc.correction import (
+    CorrectionReport,
+    NormStatistics,
+    correct_bias,
+    dense_references,
+    has_bias,
+    record_statistics,
+    run_correction,
+)
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import BackendError, NonFiniteError, OBCError, PatternError, SpecError
+from lightning_obc.errors import BackendError, LayerNotReachedError, NonFiniteError, OBCError, PatternError, SpecError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.obs import LayerSolution
@@ -100,6 +108,7 @@ def run_stage(
         # Solutions of layers that are calibrated on the same model wait until the last of them is found.
         run.solve(group)
         run.apply_(group)
+        run.correct_(group)
     if progress is not None:
         progress(str(stage), run.total, run.total)
     rows = [_report(stage, layer, run.outcomes[layer.name]) for layer in plan.layers]
@@ -128,6 +137,7 @@ class _StageRun:
         self.total, self.done = sum(layer.sweep_flops for layer in plan.layers), 0.0
         self.samples = 0
         self.recentred: set[str] = set()
+        self.means = self._means()
 
     def groups(self) -> list[list[LayerPlan]]:
         """Layers that are compressed at once, in the order in which batches reach them."""
@@ -184,13 +194,14 @@ class _StageRun:
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None
     ) -> LayerSolution:
-        channels = layer.shape.channels
+        # Only convolutions have groups of one kind; query, key and value of attention are problems of their own.
+        options = layer.shape.channels, self.spec.pooled and getattr(layer.module, "groups", 1) > 1
         if isinstance(statistic, PairedHessian):
             assert start is not None
-            solution = solve_layer(self.stage, start.weight, statistic.hessian, channels)
+            solution = solve_layer(self.stage, start.weight, statistic.hessian, *options)
             solution = against_before(solution, weight, statistic)
         else:
-            solution = solve_layer(self.stage, weight, statistic, channels)
+            solution = solve_layer(self.stage, weight, statistic, *options)
         if self.store is not None:
             self.store.save(layer.name, solution)
         return solution
@@ -215,6 +226,25 @@ class _StageRun:
                 adapter.write_weight_(layer.module, outcome.solution.weight)
             except Exception as error:
                 self.outcomes[layer.name] = self._kept(error, started)
+
+    def _means(self) -> NormStatistics | None:
+        """Means of the outputs of layers with a bias before anything changes."""
+        layers = {x.name: x.module for x in self.plan.layers if has_bias(x.module)}
+        if not (self.spec.bias and layers and isinstance(self.collect, Collector)):
+            return None
+        return record_statistics(self.model, self.collect.batches, layers=layers, forward=self.collect.forward)
+
+    def correct_(self, group: Sequence[LayerPlan]) -> None:
+        names = [x.name for x in group if self.outcomes[x.name].solution is not None and has_bias(x.module)]
+        if self.means is None or not names:
+            return
+        assert isinstance(self.collect, Collector)
+        batches, forward = self.collect.batches, self.collect.forward
+        try:
+            correct_bias(self.model, self.means, batches, layers=names, forward=forward, progress=self.progress)
+        except LayerNotReachedError:
+            # Outputs of parts stay inside their module: there is no mean to compare.
+            return
 
 
 def _damping(stage: Stage) -> float:

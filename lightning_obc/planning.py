@@ -118,11 +118,13 @@ class StagePlan:
 
     def _notes(self) -> list[str]:
         spec, limit = self.calibration, self.calibration.memory_bytes
-        if not spec.paired and limit is None:
+        if not spec.paired and limit is None and not spec.bias:
             return []
         how = f"{spec.mode}, {len(self.passes)} calibration passes"
         if spec.paired:
             how += f" in {len(self.together)} groups ({spec.together}), each through the model before and after"
+        if spec.bias:
+            how += ", biases corrected after each group"
         notes = [f"calibration: {how}, at most {self.statistics_bytes / 2**20:.2f} MiB of statistics at once"]
         large = [layer.name for layer in self.layers if limit is not None and statistic_bytes(layer, spec) > limit]
         return [*notes, f"larger alone than the memory limit: {', '.join(large)}"] if large else notes

@@ -13,6 +13,7 @@ from lightning_obc.errors import SpecError
 from lightning_obc.hessian import Hessian
 from lightning_obc.obs import LayerSolution, prune, quantize
 from lightning_obc.obs.lookup import solve_by_rows
+from lightning_obc.obs.problem import measured_with
 from lightning_obc.specs import Prune, Quantize, Stage
 
 PRUNERS: dict[str, Callable[..., LayerSolution]] = {
@@ -23,8 +24,10 @@ PRUNERS: dict[str, Callable[..., LayerSolution]] = {
 QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {"gptq": gptq, "rtn": round_to_nearest}
 
 
-def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int) -> LayerSolution:
-    """Run the engine on one layer, ``weight [g, R, d]``."""
+def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int, pooled: bool = False) -> LayerSolution:
+    """Run the engine on one layer, ``weight [g, R, d]``; ``pooled``: all its groups for their mean Hessian."""
+    if pooled and hessian.groups > 1:
+        return measured_with(hessian, _solve(stage, weight, hessian.pooled(), channels), weight)
     if not isinstance(hessian, Hessian) or hessian.rows is None:
         return _solve(stage, weight, hessian, channels)
     together = not isinstance(stage, Quantize) or stage.parsed.granularity == "tensor"

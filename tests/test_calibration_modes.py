@@ -253,3 +253,72 @@ def test_which_layers_of_a_group_its_inputs_reach_first() -> None:
     assert collect.fed_from_outside(inside) == {"1.query", "1.value", "1.skip"}
     assert collect.fed_from_outside(select_layers(model)) == {"0"}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def means(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: found.update({name: out.double().mean(0)}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("mode", "together"), [("independent", "layer"), ("asymmetric", "layer"), ("sequential", "block")]
+)
+def test_biases_are_corrected_with_their_layers(mode: Any, together: Any) -> None:
+    model, x = setting()
+    x = x + 1.0
+    wanted = means(model, x)
+    spec = obc.Calibration(mode=mode, together=together, bias=True, batch_size=100)
+    keys = list(model.state_dict())
+    obc.compress(model, x, obc.Quantize(3), calibration=spec, on_failure="raise")
+    found = means(model, x)
+    for name, mean in wanted.items():
+        torch.testing.assert_close(found[name], mean, rtol=1e-4, atol=1e-5)
+    assert list(model.state_dict()) == keys
+    assert "biases corrected" in str(plan_stage(model, obc.Quantize(3), spec))
+    plain = setting()[0]
+    obc.compress(plain, x, obc.Quantize(3), calibration=obc.Calibration(mode=mode, together=together))
+    assert any(not torch.allclose(means(plain, x)[name], mean, rtol=1e-2) for name, mean in wanted.items())
+
+
+def test_biases_are_no_matter_where_there_are_none() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LSTM(8, 8)), torch.randn(20, 4, 8)
+    report = obc.compress(model, x, obc.Quantize(3), calibration=obc.Calibration(bias=True, mode="sequential"))
+    assert all(row.compressed for row in report.stages[0].layers)
+
+
+@pytest.mark.parametrize("mode", ["independent", "asymmetric"])
+def test_groups_solved_for_one_hessian(mode: Any) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Conv2d(6, 12, 3, groups=6), nn.ReLU(), nn.Conv2d(12, 12, 3, groups=12))
+    scale = torch.logspace(-1, 1, 6)[:, None, None]
+    x = torch.randn(40, 6, 9, 9).cumsum(2) * scale
+    results = {}
+    for pooled in (False, True):
+        model = copy.deepcopy(dense)
+        spec = obc.Calibration(pooled=pooled, mode=mode)
+        report = obc.compress(model, x, obc.Quantize(3), calibration=spec, on_failure="raise")
+        results[pooled] = model[0].weight.detach().clone()
+        with torch.no_grad():
+            error = (model[0](x) - dense[0](x)).double().square().sum() / len(x)
+        # Also solved for another Hessian, the loss is the error of the output.
+        assert report.layers["0"].loss == pytest.approx(float(error), rel=1e-5)
+        last = report.layers["2"]
+    assert not torch.equal(results[True], results[False])
+    assert last.loss > 0
+    repeated = copy.deepcopy(dense[:1])
+    same = torch.randn(40, 1, 9, 9).cumsum(2).repeat(1, 6, 1, 1)
+    for pooled in (False, True):
+        model = copy.deepcopy(repeated)
+        obc.compress(model, same, obc.Quantize(3), calibration=obc.Calibration(pooled=pooled))
+        results[pooled] = model[0].weight.detach().clone()
+    assert torch.equal(results[True], results[False])

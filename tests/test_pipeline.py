@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import lightning_obc as obc
-from lightning_obc import pipeline
+from lightning_obc import solving
 from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 
 
@@ -20,14 +20,14 @@ def network() -> nn.Sequential:
 
 @pytest.fixture
 def second_layer_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    solve = pipeline.prune
+    solve = solving.prune
 
     def failing(weight: torch.Tensor, *args: Any, **options: Any) -> Any:
         if weight.shape[-1] == 8:
             raise NotPositiveDefiniteError("A Hessian stays indefinite", got="this layer")
         return solve(weight, *args, **options)
 
-    monkeypatch.setattr(pipeline, "prune", failing)
+    monkeypatch.setattr(solving, "prune", failing)
 
 
 @pytest.mark.usefixtures("second_layer_fails")

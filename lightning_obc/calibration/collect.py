@@ -115,6 +115,8 @@ class Gathering(Generic[Accumulator]):
                 yield batch
             if index < 0 or start == 0:
                 raise _nothing(current, batches)
+        if hasattr(batches, "set_round"):
+            batches.set_round(0)
 
     def check_finite(self) -> None:
         """One synchronisation per batch; the layers are asked one by one only when something is wrong."""

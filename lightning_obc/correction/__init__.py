@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_obc.correction.batch_norm import reset_batch_norm
+from lightning_obc.correction.channels import has_bias
 from lightning_obc.correction.moments import ChannelMoments, NormStatistics, record_statistics
 from lightning_obc.correction.result import CorrectedLayer, CorrectionReport
 from lightning_obc.correction.stage import DenseReference, check_correction, dense_references, run_correction
@@ -19,6 +20,7 @@ __all__ = [
     "correct_bias",
     "correct_statistics",
     "dense_references",
+    "has_bias",
     "record_statistics",
     "reset_batch_norm",
     "run_correction",

@@ -35,6 +35,11 @@ def affine(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return _own(module, "weight"), _own(module, "bias")
 
 
+def has_bias(module: nn.Module) -> bool:
+    """True for layers whose outputs can be shifted."""
+    return affine(module)[1] is not None
+
+
 def _own(module: nn.Module, name: str) -> Tensor | None:
     """A parameter or buffer; what a parametrization or hook computes anew cannot be changed in place."""
     own = module._parameters.get(name)

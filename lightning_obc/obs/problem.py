@@ -106,6 +106,13 @@ def quadratic(delta: Tensor, hessian: Tensor) -> float:
     return max(0.0, float(((delta @ hessian) * delta).sum() / 2))
 
 
+def measured_with(hessian: Hessian, solution: LayerSolution, weight: Tensor) -> LayerSolution:
+    """A solution of ``weight [g, R, d]`` with its loss and reference under another Hessian than it was solved for."""
+    full, before = hessian.full().to(weight.device), weight.double()
+    loss, reference = quadratic(solution.weight.double() - before, full), quadratic(before, full)
+    return replace(solution, loss=loss, reference=reference)
+
+
 def full_hessian(hessian: HessianLike) -> Tensor:
     """The Hessian over all samples as a float64 tensor ``[g, d, d]`` or ``[d, d]``."""
     return hessian.full() if isinstance(hessian, Hessian) else hessian.double()
