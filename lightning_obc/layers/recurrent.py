@@ -1,7 +1,8 @@
-"""``nn.LSTM`` and ``nn.GRU``: input and hidden projections of every layer and direction.
+"""``nn.LSTM`` and ``nn.GRU``: input, hidden and output projections of every layer and direction.
 
-The error of such a projection is that of the gates before their nonlinearities. Index legend: ``N`` samples, ``L``
-steps, ``H`` hidden size.
+The error of an input or hidden projection is that of the gates before their nonlinearities.
+
+Index legend: ``N`` samples, ``L`` steps, ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
@@ -18,14 +20,14 @@ from lightning_obc.layers.parts import LayerPart, PartAdapter
 
 
 def recurrent_parts(module: Any) -> dict[str, LayerPart]:
-    """``weight_ih_l0``, ``weight_hh_l0``, ``weight_ih_l0_reverse``, …, as the module names them."""
+    """``weight_ih_l0``, ``weight_hh_l0``, with ``proj_size`` ``weight_hr_l0``, …, as the module names them."""
     return {
         f"weight_{kind}_l{layer}{suffix}": LayerPart(
-            module, f"weight_{kind}_l{layer}{suffix}", RecurrentAdapter(layer, bool(suffix), kind == "hh")
+            module, f"weight_{kind}_l{layer}{suffix}", RecurrentAdapter(layer, bool(suffix), kind)
         )
         for layer in range(module.num_layers)
         for suffix in (("", "_reverse") if module.bidirectional else ("",))
-        for kind in ("ih", "hh")
+        for kind in (("ih", "hh", "hr") if module.proj_size else ("ih", "hh"))
     }
 
 
@@ -35,11 +37,12 @@ class RecurrentAdapter(PartAdapter):
     Args:
         layer: Index of the stacked layer.
         reverse: True for the backward direction.
-        hidden: True for the projection of the hidden state, False for that of the input.
+        kind: ``"ih"``, the projection of the input, ``"hh"``, that of the hidden state, or ``"hr"``, that of an LSTM's
+            output with ``proj_size``.
     """
 
-    def __init__(self, layer: int, reverse: bool, hidden: bool) -> None:
-        self._layer, self._reverse, self._hidden = layer, reverse, hidden
+    def __init__(self, layer: int, reverse: bool, kind: str) -> None:
+        self._layer, self._reverse, self._kind = layer, reverse, kind
 
     def shape(self, module: nn.Module) -> ProblemShape:
         rows, columns = self.current(module).shape
@@ -64,13 +67,18 @@ class RecurrentAdapter(PartAdapter):
         for layer in range(self._layer):
             directions = (False, True) if owner.bidirectional else (False,)
             x = torch.cat([_run(owner, x, lengths, states, layer, reverse) for reverse in directions], dim=-1)
-        if not self._hidden:
+        if self._kind == "ih":
             return _masked(x, lengths)
         outputs = _run(owner, x, lengths, states, self._layer, self._reverse)
         if self._reverse:
             outputs = _flipped(outputs, lengths)
-        first = states[0][_state_index(owner, self._layer, self._reverse)].unsqueeze(1)
-        return _masked(torch.cat([first, outputs[:, :-1]], dim=1), lengths)
+        index = _state_index(owner, self._layer, self._reverse)
+        before = torch.cat([states[0][index].unsqueeze(1), outputs[:, :-1]], dim=1)
+        if self._kind == "hh":
+            return _masked(before, lengths)
+        x = _flipped(x, lengths) if self._reverse else x
+        suffix = _suffix(self._layer, self._reverse)
+        return _masked(_before_projection(owner, x, before, states[1][index], suffix), lengths)
 
     def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
         accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
@@ -107,7 +115,7 @@ def _run(
     owner: Any, x: Tensor, lengths: Tensor | None, states: tuple[Tensor, ...], layer: int, reverse: bool
 ) -> Tensor:
     """Outputs ``[N, L, H]`` of one layer in one direction, in the order of time."""
-    suffix = f"_l{layer}" + ("_reverse" if reverse else "")
+    suffix = _suffix(layer, reverse)
     names = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if owner.bias else [])
     weights = [getattr(owner, name + suffix) for name in names + (["weight_hr"] if owner.proj_size else [])]
     index = _state_index(owner, layer, reverse)
@@ -118,6 +126,33 @@ def _run(
     else:
         outputs = torch.gru(x, start[0], weights, owner.bias, 1, 0.0, False, False, True)[0]
     return _flipped(outputs, lengths) if reverse else outputs
+
+
+def _suffix(layer: int, reverse: bool) -> str:
+    return f"_l{layer}" + ("_reverse" if reverse else "")
+
+
+def _before_projection(owner: Any, x: Tensor, before: Tensor, cell: Tensor, suffix: str) -> Tensor:
+    """``[N, L, H]`` of an LSTM with ``proj_size``: what the hidden state is before it is projected.
+
+    Args:
+        owner: The LSTM.
+        x: Inputs ``[N, L, features]``, in the order of steps.
+        before: Projected hidden states before every step, ``[N, L, proj_size]``; they are known, so that the gates of
+            all steps need no recurrence.
+        cell: First cell state ``[N, H]``.
+        suffix: Of the parameters' names.
+    """
+    bias = (lambda name: getattr(owner, name + suffix)) if owner.bias else (lambda name: None)
+    gates = F.linear(x, getattr(owner, "weight_ih" + suffix), bias("bias_ih"))
+    gates = gates + F.linear(before, getattr(owner, "weight_hh" + suffix), bias("bias_hh"))
+    enter, forget, new, out = gates.chunk(4, dim=-1)
+    entering, forget = enter.sigmoid() * new.tanh(), forget.sigmoid()
+    states = []
+    for step in range(x.shape[1]):
+        cell = forget[:, step] * cell + entering[:, step]
+        states.append(cell)
+    return out.sigmoid() * torch.stack(states, dim=1).tanh()
 
 
 def _flipped(x: Tensor, lengths: Tensor | None) -> Tensor:

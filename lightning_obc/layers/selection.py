@@ -100,15 +100,11 @@ def unsupported_layers(model: nn.Module) -> dict[str, str]:
     modules = _named(model)
     shared = {weight_key(module): name for name, module in modules.items() if adapter_for(module) is not None}
     handled = {name for name, module in modules.items() if adapter_for(module) is not None or parts_of(module)}
-    result = {
+    return {
         name: (reason_unsupported(module) or "") + _shared_with(module, shared)
         for name, module in modules.items()
         if name not in handled and not isinstance(module, _NORMS) and _carries_weights(module)
     }
-    for name, module in modules.items():
-        if isinstance(module, nn.LSTM) and module.proj_size and name in handled:
-            result[f"{name}.weight_hr"] = "the output projections of an LSTM with proj_size are not handled"
-    return result
 
 
 def _shared_with(module: nn.Module, shared: Mapping[int, str]) -> str:

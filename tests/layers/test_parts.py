@@ -141,6 +141,7 @@ def reference_run(module: Any, x: Tensor, hx: Any = None) -> tuple[Tensor, dict[
             c = x.new_zeros(n, module.hidden_size) if hx is None or not lstm else hx[1][state]
             steps: list[Tensor] = [torch.empty(0)] * x.shape[1]
             before: list[Tensor] = [torch.empty(0)] * x.shape[1]
+            inner: list[Tensor] = [torch.empty(0)] * x.shape[1]
             order = range(x.shape[1]) if not suffix else reversed(range(x.shape[1]))
             for t in order:
                 before[t] = h
@@ -149,6 +150,7 @@ def reference_run(module: Any, x: Tensor, hx: Any = None) -> tuple[Tensor, dict[
                     i, f, g, o = (gates_x + gates_h).chunk(4, -1)
                     c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                     h = o.sigmoid() * c.tanh()
+                    inner[t] = h
                     h = h @ getattr(module, "weight_hr" + end).T if module.proj_size else h
                 else:
                     (rx, zx, nx), (rh, zh, nh) = gates_x.chunk(3, -1), gates_h.chunk(3, -1)
@@ -156,6 +158,8 @@ def reference_run(module: Any, x: Tensor, hx: Any = None) -> tuple[Tensor, dict[
                     h = (1 - z) * (nx + r * nh).tanh() + z * h
                 steps[t] = h
             seen["weight_ih" + end], seen["weight_hh" + end] = x, torch.stack(before, 1)
+            if lstm and module.proj_size:
+                seen["weight_hr" + end] = torch.stack(inner, 1)
             outputs.append(torch.stack(steps, 1))
         x = torch.cat(outputs, -1)
     return x, seen
@@ -166,6 +170,7 @@ RECURRENT: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (nn.LSTM, {"batch_first": True, "num_layers": 2}),
     (nn.LSTM, {"num_layers": 2, "bidirectional": True, "bias": False, "dropout": 0.5}),
     (nn.LSTM, {"num_layers": 2, "proj_size": 2, "batch_first": True}),
+    (nn.LSTM, {"num_layers": 2, "proj_size": 3, "bidirectional": True, "bias": False}),
     (nn.GRU, {"batch_first": True}),
     (nn.GRU, {"num_layers": 3, "bidirectional": True}),
 ]
@@ -185,7 +190,7 @@ def test_recurrent(kind: type[nn.Module], options: dict[str, Any], with_state: b
     real = module(given, hx)[0]
     torch.testing.assert_close(outputs, real if module.batch_first else real.transpose(0, 1))
     layers = select_layers(module)
-    assert list(layers) == [name for name in module._flat_weights_names if name.startswith(("weight_ih", "weight_hh"))]
+    assert list(layers) == [name for name in module._flat_weights_names if name.startswith("weight_")]
     hessians = collect_hessians(module, layers, [x], forward=lambda m, b: m(given, hx))
     for name, hessian in hessians.items():
         torch.testing.assert_close(hessian.full()[0], moment(expected[name].detach(), n))
@@ -193,10 +198,10 @@ def test_recurrent(kind: type[nn.Module], options: dict[str, Any], with_state: b
         torch.testing.assert_close(hessian.halves[0, 0], moment(even, 2))
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-def test_packed_sequences_are_taken_as_long_as_they_are(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("kind", "options"), [(nn.LSTM, {}), (nn.LSTM, {"proj_size": 2}), (nn.GRU, {})])
+def test_packed_sequences_are_taken_as_long_as_they_are(kind: type[nn.Module], options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    module: Any = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True).double().eval()
+    module: Any = kind(3, 4, num_layers=2, bidirectional=True, batch_first=True, **options).double().eval()
     x, lengths = torch.randn(3, 5, 3).double(), torch.tensor([2, 5, 3])
     packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
     hessians = collect_hessians(module, select_layers(module), [packed])
@@ -211,15 +216,13 @@ def test_selection_of_parts() -> None:
     model = nn.ModuleDict(
         {"mha": nn.MultiheadAttention(4, 2), "rnn": nn.LSTM(4, 4, proj_size=2), "fc": nn.Linear(4, 4)}
     )
-    everything = ["mha.in_proj", "mha.out_proj", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "fc"]
+    everything = ["mha.in_proj", "mha.out_proj", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "rnn.weight_hr_l0", "fc"]
     assert list(select_layers(model)) == everything
     assert list(select_layers(model, ["mha"])) == everything[:2]
     assert list(select_layers(model, ["MultiheadAttention"])) == everything[:2]
     assert list(select_layers(model, ["*.weight_hh*"])) == ["rnn.weight_hh_l0"]
     assert list(select_layers(model, exclude=["torch.nn.LSTM", "mha.in_proj"])) == ["mha.out_proj", "fc"]
-    assert unsupported_layers(model) == {
-        "rnn.weight_hr": "the output projections of an LSTM with proj_size are not handled"
-    }
+    assert unsupported_layers(model) == {}
     assert all(not others for others in sharing_modules(model, select_layers(model)).values())
 
 
