@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from lightning_obc.correction import (
 )
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import BackendError, LayerNotReachedError, NonFiniteError, OBCError, PatternError, SpecError
+from lightning_obc.files import PathLike
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.obs import LayerSolution
@@ -43,6 +44,7 @@ from lightning_obc.report import CompressionReport, LayerReport, StageReport
 from lightning_obc.report.progress import shown
 from lightning_obc.solving import solve_layer
 from lightning_obc.specs import Calibration, Stage
+from lightning_obc.store import LayerProblem, SolutionStore, StageStore
 
 # Where the stage chooses its own damping, by halves of the samples that recentring does not tell apart.
 _RECENTRING_DAMPING = 0.01
@@ -50,14 +52,6 @@ _RECENTRING_DAMPING = 0.01
 OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
 Progress = Callable[[str, float, float], None]
-
-
-class LayerStore(Protocol):
-    """Durable solutions of single layers, so that an interrupted stage goes on where it stopped."""
-
-    def load(self, name: str) -> LayerSolution | None: ...
-
-    def save(self, name: str, solution: LayerSolution) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +71,7 @@ def run_stage(
     *,
     on_failure: OnFailure = "keep",
     progress: Progress | None = None,
-    store: LayerStore | None = None,
+    store: StageStore | None = None,
     plan: StagePlan | None = None,
 ) -> StageReport:
     """Compress the layers of one stage in place.
@@ -91,7 +85,8 @@ def run_stage(
         on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so; ``"raise"`` stops at it, with
             nothing written of the layers that are compressed together with it.
         progress: Called as ``progress(description, completed, total)``.
-        store: Where solved layers are kept, to go on after an interruption.
+        store: Where solved layers are kept, to go on after an interruption; see
+            :class:`~lightning_obc.store.SolutionStore`.
         plan: The plan of this stage, if it was made already.
 
     Raises:
@@ -126,7 +121,7 @@ class _StageRun:
         collect: Collect,
         on_failure: OnFailure,
         progress: Progress | None,
-        store: LayerStore | None,
+        store: StageStore | None,
         plan: StagePlan,
     ) -> None:
         self.model, self.stage, self.collect, self.plan = model, stage, collect, plan
@@ -178,14 +173,18 @@ class _StageRun:
 
     def _solved(self, layer: LayerPlan, statistic: Hessian | PairedHessian) -> _Outcome:
         started, start = time.perf_counter(), None
-        solution = self.store.load(layer.name) if self.store is not None else None
+        weight = weight_matrix(layer.module)
+        mixing = self.spec.recentring if layer.name in self.recentred else 0.0
+        problem = LayerProblem(layer.name, self.stage, weight, statistic, mixing, self._pooled(layer))
+        # Outside of what may fail: progress that belongs to another run must not be mixed into this one.
+        solution = self.store.load(problem) if self.store is not None else None
         try:
-            weight = weight_matrix(layer.module)
             if isinstance(statistic, PairedHessian):
-                mixing = self.spec.recentring if layer.name in self.recentred else 0.0
                 start = recentre(weight, statistic, mixing=mixing, damping=_damping(self.stage))
             if solution is None:
                 solution = self._solution(layer, weight, statistic, start)
+                if self.store is not None:
+                    self.store.save(problem, solution)
         except Exception as error:
             return self._kept(error, started)
         seconds = time.perf_counter() - started
@@ -194,17 +193,16 @@ class _StageRun:
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None
     ) -> LayerSolution:
-        # Only convolutions have groups of one kind; query, key and value of attention are problems of their own.
-        options = layer.shape.channels, self.spec.pooled and getattr(layer.module, "groups", 1) > 1
+        options = layer.shape.channels, self._pooled(layer)
         if isinstance(statistic, PairedHessian):
             assert start is not None
             solution = solve_layer(self.stage, start.weight, statistic.hessian, *options)
-            solution = against_before(solution, weight, statistic)
-        else:
-            solution = solve_layer(self.stage, weight, statistic, *options)
-        if self.store is not None:
-            self.store.save(layer.name, solution)
-        return solution
+            return against_before(solution, weight, statistic)
+        return solve_layer(self.stage, weight, statistic, *options)
+
+    def _pooled(self, layer: LayerPlan) -> bool:
+        # Only convolutions have groups of one kind; query, key and value of attention are problems of their own.
+        return self.spec.pooled and getattr(layer.module, "groups", 1) > 1
 
     def _kept(self, error: Exception, started: float) -> _Outcome:
         # One bad layer must not lose the run. Errors of the recipe or the backend would meet every layer alike, and
@@ -343,6 +341,7 @@ def compress(
     on_failure: OnFailure = "keep",
     progress: Progress | bool = False,
     metrics: Mapping[str, Callable[[nn.Module], float]] | None = None,
+    store: PathLike | None = None,
 ) -> CompressionReport:
     """Compress a trained model in place, without a Trainer.
 
@@ -356,6 +355,8 @@ def compress(
         on_failure: ``"keep"`` leaves a layer that cannot be solved dense and says so; ``"raise"`` stops at it.
         progress: True shows a bar; a callable gets ``(description, completed, total)``.
         metrics: Named functions of the model, measured before and after.
+        store: A folder that gets every solved layer at once. The same call on the same dense model then goes on behind
+            the last of them after an interruption, with the same result.
 
     Returns:
         The report; ``report.model`` is ``model``.
@@ -363,6 +364,7 @@ def compress(
     Raises:
         SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
             by the stage concerned.
+        FingerprintError: The store holds layers of another model, recipe or calibration.
     """
     stages = _checked_recipe(stages, on_failure)
     spec = calibration or Calibration()
@@ -370,6 +372,7 @@ def compress(
     for stage in stages:
         plan_stage(model, stage, spec)
     source = calibration_batches(batches, spec)
+    solved = None if store is None else SolutionStore(store)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
     corrections: list[CorrectionReport] = []
@@ -382,6 +385,9 @@ def compress(
                 continue
 
             collect = Collector(model, source, spec, forward, report_progress)
-            reports.append(run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress))
+            kept = None if solved is None else solved.stage(index)
+            reports.append(
+                run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress, store=kept)
+            )
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
     return CompressionReport(model, reports, unsupported_layers(model), figures, corrections)

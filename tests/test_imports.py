@@ -49,8 +49,10 @@ ALLOWED: dict[str, set[str]] = {
     "planning": LEAVES | {"layers", "calibration", "obs", "report", "correction"},
     "solving": LEAVES | {"obs", "baselines"},
     "forecast": LEAVES | {"planning", "layers", "calibration", "obs"},
+    "store": LEAVES | {"obs"},
     "pipeline": LEAVES
     | {
+        "store",
         "planning",
         "solving",
         "layers",
@@ -64,6 +66,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "callbacks": LEAVES
     | {
+        "store",
         "planning",
         "forecast",
         "pipeline",

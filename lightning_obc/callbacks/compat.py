@@ -139,6 +139,23 @@ def _aside(trainer: Any, loop: _EvaluationLoop) -> Iterator[None]:
             submodule.training = training
 
 
+def is_trained(trainer: Trainer) -> bool:
+    """True when the Trainer has reached its last epoch or its last step."""
+    epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+    done = trainer.fit_loop.epoch_progress.current.processed
+    return trainer.global_step > 0 and (0 < epochs <= done or 0 < steps <= trainer.global_step)
+
+
+@contextmanager
+def on_device(trainer: Trainer) -> Iterator[None]:
+    """The model back on the device of the strategy, which has been torn down."""
+    trainer.lightning_module.to(trainer.strategy.root_device)
+    try:
+        yield
+    finally:
+        trainer.lightning_module.cpu()
+
+
 def rich_progress(bar: ProgressBar) -> Any:
     """The running display of a ``RichProgressBar``, or None for every other bar."""
     progress = getattr(bar, "progress", None)

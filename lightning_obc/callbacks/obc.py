@@ -36,6 +36,7 @@ from lightning_obc.pipeline import correct_after, plan_stage, run_stage
 from lightning_obc.report import CompressionReport
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+from lightning_obc.store import SolutionStore
 
 
 class OBCCallback(Callback):
@@ -59,6 +60,9 @@ class OBCCallback(Callback):
             the other checkpoints (or logs), a path puts it there, False writes none.
         compare: Measure the validation figures just before the first stage and after the last, and print them.
         verbose: Print the plan before, and the table after, each stage.
+        store: A folder that gets every solved layer at once. When the process is killed while a stage solves, the same
+            run, started again or resumed, goes on behind the last solved layer, with the same result. One folder
+            serves one run: delete it before another.
 
     Raises:
         ScheduleError: Stages that cannot run in this order, or at these times.
@@ -72,17 +76,19 @@ class OBCCallback(Callback):
         save_checkpoint: Union[bool, str, os.PathLike[str]] = True,
         compare: bool = True,
         verbose: bool = True,
+        store: Union[str, os.PathLike[str], None] = None,
     ) -> None:
         super().__init__()
         self.stages = list(stages)
         self.calibration = calibration
         self.on_failure: Literal["keep", "raise"] = on_failure
         self.save_checkpoint = save_checkpoint
-        self.compare, self.verbose = compare, verbose
+        self.compare, self.verbose, self.store = compare, verbose, store
         self.checkpoint_path: Optional[Path] = None
         self._state = self._fresh()
         self._module: Optional[ref[LightningModule]] = None
         self._hooks: list[Any] = []
+        self._trained = False
         self._figures: dict[str, tuple[float, float]] = {}
         check_order(self._state.timetable.stages)
 
@@ -134,15 +140,18 @@ class OBCCallback(Callback):
         if self._module is not None and self._module() is not pl_module:
             # What was done to another model has not been done to this one.
             self._state, self._figures = self._fresh(), {}
-        self._module = ref(pl_module)
+        self._module, self._trained = ref(pl_module), False
         compat.check_strategy(trainer)
         if stage == TrainerFn.FITTING and not compat.fast_dev_run(trainer):
             check_order(self._state.timetable.stages, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         checked_plans(trainer, pl_module, self, self._state.timetable.open())
+        if self.store is not None:
+            SolutionStore(self.store)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trained = True
         self._state.held.bind(pl_module)
         self._detach()
         for optimizer in trainer.optimizers:
@@ -180,7 +189,13 @@ class OBCCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         left = self._state.timetable.open()
-        if left and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+        if left and not self._trained and compat.is_trained(trainer):
+            # Interrupted between the last optimizer step and the end of the stages: Lightning resumes such a run
+            # without any hook of the training.
+            with compat.on_device(trainer):
+                self._state.held.bind(pl_module)
+                self.on_train_end(trainer, pl_module)
+        elif left and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
             rank_zero_warn("Nothing was trained, and no compression stage ran: " + "; ".join(map(str, left)))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -221,7 +236,7 @@ class OBCCallback(Callback):
                 if isinstance(stage, Correct):
                     self._correct(module, stage, collect, dense[index])
                 else:
-                    figures = self._compress(module, stage, collect, display)
+                    figures = self._compress(module, index, collect, display)
                 self._state.timetable.done.append(index)
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
@@ -231,13 +246,15 @@ class OBCCallback(Callback):
         if self.compare:
             self._state.dense = compat.evaluate(trainer)
 
-    def _compress(
-        self, module: LightningModule, stage: Stage, collect: Collector, display: Display
-    ) -> dict[str, float]:
+    def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
+        stage = self._state.timetable.stages[index]
         plan = plan_stage(module, stage, self.calibration)
         if self.verbose:
             module.print(f"\n{plan}")
-        report = run_stage(module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan)
+        store = None if self.store is None else SolutionStore(self.store).stage(index)
+        report = run_stage(
+            module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
+        )
         for name, solution in report.solutions.items():
             self._state.held.hold(name, plan.modules[name], stage, solution)
         self._state.reports.append(report)

@@ -1,0 +1,141 @@
+"""A compress run that is killed at random points, and a fit that is: they end as if nothing had happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+LAYERS = 6
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(32, 32) for _ in range(LAYERS)])
+
+
+def compress(folder: str) -> None:
+    """One run from the dense model, with its result in ``folder``."""
+    import lightning_obc as obc
+
+    torch.set_num_threads(1)
+    batches = [torch.randn(128, 32, generator=torch.Generator().manual_seed(1))]
+    # Slow enough to be killed anywhere: the reference backend, one weight at a time.
+    stages = [obc.Prune("2:4", backend="naive"), obc.Quantize(4, backend="naive")]
+    report = obc.compress(
+        network(), batches, stages, calibration=obc.Calibration(mode="sequential"), store=Path(folder) / "store"
+    )
+    losses = torch.tensor([row.loss for stage in report.stages for row in stage.layers], dtype=torch.float64)
+    finish(folder, {**report.model.state_dict(), "losses": losses})
+
+
+def finish(folder: str, result: dict[str, Tensor]) -> None:
+    torch.save(result, f"{folder}/part")
+    os.replace(f"{folder}/part", f"{folder}/result.pt")
+
+
+def fit(folder: str) -> None:
+    """A training run that prunes in its middle and goes on from its last checkpoint, if there is one."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    import lightning_obc as obc
+    from tests.callbacks.small import Small, loader, quiet_trainer
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    stages = [obc.Prune("2:4", at={"epoch": 1}, backend="naive"), obc.Quantize(4, backend="naive")]
+    callback = obc.OBCCallback(stages, store=f"{folder}/store", save_checkpoint=False, verbose=False, compare=False)
+    checkpoint = ModelCheckpoint(f"{folder}/checkpoints", save_last=True, save_on_train_epoch_end=True)
+    trainer = quiet_trainer(folder, callback, checkpoint, enable_checkpointing=True)
+    last = Path(folder) / "checkpoints" / "last.ckpt"
+    model = Small()
+    trainer.fit(model, loader(shuffle=False), ckpt_path=str(last) if last.exists() else None)
+    finish(folder, model.state_dict())
+
+
+@pytest.fixture(scope="module")
+def server() -> Any:
+    """Processes that start in no time: the packages are imported once, by a process that has no threads yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_obc.pipeline", "lightning_obc.callbacks", __name__])
+    return context
+
+
+def solved(folder: Path) -> dict[str, int]:
+    """Solved layers and when their files were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "store").glob("stage*.safetensors")}
+
+
+def undisturbed(server: Any, job: Any, folder: Path) -> dict[str, Tensor]:
+    folder.mkdir()
+    process = server.Process(target=job, args=(str(folder),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return torch.load(folder / "result.pt", weights_only=True)
+
+
+def killed(server: Any, job: Any, folder: Path, more: int, delay: float) -> bool:
+    """Start a run, kill it a while after ``more`` further layers are solved. False: it ended before."""
+    goal = len(solved(folder)) + more
+    process = server.Process(target=job, args=(str(folder),))
+    process.start()
+    while process.is_alive() and len(solved(folder)) < goal:
+        time.sleep(0.0005)
+    time.sleep(delay)
+    if process.exitcode is None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode != 0
+
+
+def check_kills(server: Any, job: Any, tmp_path: Path, kills: int, total: int) -> None:
+    expected = undisturbed(server, job, tmp_path / "calm")
+    assert len(solved(tmp_path / "calm")) == total
+    folder, luck, hits = tmp_path / "killed", random.Random(0), 0
+    folder.mkdir()
+    for _ in range(kills):
+        before = solved(folder)
+        hits += killed(server, job, folder, luck.choice((0, 1, 1)), luck.choice((0.0, 0.003, 0.01, 0.05)))
+        assert before.items() <= solved(folder).items(), "a layer was solved twice"
+    assert hits >= kills // 2
+    before = solved(folder)
+    process = server.Process(target=job, args=(str(folder),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert before.items() <= solved(folder).items()
+    assert len(solved(folder)) == total
+    result = torch.load(folder / "result.pt", weights_only=True)
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and a fork server")
+
+
+@needs_fork
+def test_three_kills_of_a_compress_run(server: Any, tmp_path: Path) -> None:
+    check_kills(server, compress, tmp_path, kills=3, total=2 * LAYERS)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_ten_kills_of_a_compress_run(server: Any, tmp_path: Path) -> None:
+    check_kills(server, compress, tmp_path, kills=10, total=2 * LAYERS)
+
+
+@needs_fork
+@pytest.mark.slow
+def test_kills_of_a_fit_that_resumes_from_its_last_checkpoint(server: Any, tmp_path: Path) -> None:
+    check_kills(server, fit, tmp_path, kills=4, total=4)
