@@ -96,9 +96,11 @@ def test_stages_run_at_their_times(tmp_path):
     times = []
 
     class Clock(OBCCallback):
-        def _compress(self, module, stage, collect, display):
-            times.append((stage.at, module.trainer.current_epoch, module.trainer.global_step))
-            return super()._compress(module, stage, collect, display)
+        def _compress(self, module, index, collect, display):
+            times.append(
+                (self._state.timetable.stages[index].at, module.trainer.current_epoch, module.trainer.global_step)
+            )
+            return super()._compress(module, index, collect, display)
 
     ats = ["train_start", {"epoch": 1}, {"step": 9}, {"epoch": 2}, "train_end"]
     levels_of = [0.1, 0.2, 0.3, 0.4, 0.5]
