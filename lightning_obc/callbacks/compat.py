@@ -142,7 +142,7 @@ def _aside(trainer: Any, loop: _EvaluationLoop) -> Iterator[None]:
 def is_trained(trainer: Trainer) -> bool:
     """True when the Trainer has reached its last epoch or its last step."""
     epochs, steps = trainer.max_epochs or 0, trainer.max_steps
-    done = trainer.fit_loop.epoch_progress.current.processed
+    done = trainer.current_epoch
     return trainer.global_step > 0 and (0 < epochs <= done or 0 < steps <= trainer.global_step)
 
 

@@ -76,7 +76,7 @@ class OBCCallback(Callback):
         save_checkpoint: Union[bool, str, os.PathLike[str]] = True,
         compare: bool = True,
         verbose: bool = True,
-        store: Union[str, os.PathLike[str], None] = None,
+        store: Optional[Union[str, Path]] = None,
     ) -> None:
         super().__init__()
         self.stages = list(stages)
