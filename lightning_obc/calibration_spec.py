@@ -39,6 +39,9 @@ class Calibration:
             is what ``"independent"`` means.
         memory: Bytes for the statistics that live at once, as a number or with a unit (``"2 GiB"``). Layers that do
             not fit together are calibrated in several passes, with the same result. ``None`` sets no limit.
+        cache: Bytes of host memory, as for ``memory``, in which ``"sequential"`` and ``"asymmetric"`` keep the outputs
+            of blocks that are finished, so that a pass need not run through these again. The result is the same.
+            ``None`` keeps nothing.
         pooled: Solve all groups of a grouped or depthwise convolution for one Hessian, the mean over its groups, which
             is known better from few samples, instead of each for its own. Losses are measured with their own.
         bias: Whenever layers have been compressed, shift their biases so that the means of their outputs are again
@@ -53,6 +56,7 @@ class Calibration:
     mixing: float = 1.0
     together: Together = "layer"
     memory: Union[int, str, None] = None
+    cache: Union[int, str, None] = None
     pooled: bool = False
     bias: bool = False
 
@@ -69,6 +73,13 @@ class Calibration:
                 raise SpecError(f"Calibration.{name} is unknown", got=repr(value), expected=f"one of {allowed}")
         self._check_mixing()
         parse_bytes(self.memory)
+        parse_bytes(self.cache, "cache")
+        if self.cache is not None and not self.paired:
+            raise SpecError(
+                "Calibration.cache is for passes behind compressed layers",
+                got=f"cache={self.cache!r} with mode={self.mode!r}",
+                expected='mode="sequential" or "asymmetric"',
+            )
 
     def _check_mixing(self) -> None:
         if not 0 < self.mixing <= 1:
@@ -100,8 +111,13 @@ class Calibration:
         """``memory`` in bytes."""
         return parse_bytes(self.memory)
 
+    @property
+    def cache_bytes(self) -> int | None:
+        """``cache`` in bytes."""
+        return parse_bytes(self.cache)
 
-def parse_bytes(value: Union[int, str, None]) -> int | None:
+
+def parse_bytes(value: Union[int, str, None], name: str = "memory") -> int | None:
     """``"2 GiB"`` is ``2 * 2**30``; units are B, KB, MB, GB, KiB, MiB and GiB, in any case.
 
     Raises:
@@ -114,7 +130,7 @@ def parse_bytes(value: Union[int, str, None]) -> int | None:
     size = 0 if match is None or unit is None else int(float(match.group(1)) * unit)
     if size < 1:
         raise SpecError(
-            "Calibration.memory is not an amount of memory",
+            f"Calibration.{name} is not an amount of memory",
             got=repr(value),
             expected='a positive number of bytes, also with a unit such as "500 MiB"',
         )

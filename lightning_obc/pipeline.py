@@ -99,11 +99,14 @@ def run_stage(
     started = time.perf_counter()
     plan = plan_stage(model, stage) if plan is None else plan
     run = _StageRun(model, stage, collect, on_failure, progress, store, plan)
-    for group in run.groups():
+    groups = run.groups()
+    for index, group in enumerate(groups):
         # Solutions of layers that are calibrated on the same model wait until the last of them is found.
         run.solve(group)
         run.apply_(group)
         run.correct_(group)
+        if isinstance(collect, Collector):
+            collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
     if progress is not None:
         progress(str(stage), run.total, run.total)
     rows = [_report(stage, layer, run.outcomes[layer.name]) for layer in plan.layers]
@@ -143,6 +146,7 @@ class _StageRun:
             check_comparable(layer.module)
         assert isinstance(self.collect, Collector)
         order = self.collect.order(self.plan.modules)
+        self.collect.keep_blocks({name: layers[name].module for name in order})
         return grouped([layers[name] for name in order], self.spec, blocks_of(self.model, order))
 
     def solve(self, group: Sequence[LayerPlan]) -> None:

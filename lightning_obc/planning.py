@@ -123,6 +123,8 @@ class StagePlan:
         how = f"{spec.mode}, {len(self.passes)} calibration passes"
         if spec.paired:
             how += f" in {len(self.together)} groups ({spec.together}), each through the model before and after"
+        if spec.cache is not None:
+            how += f", outputs of finished blocks kept in {spec.cache} of host memory"
         if spec.bias:
             how += ", biases corrected after each group"
         notes = [f"calibration: {how}, at most {self.statistics_bytes / 2**20:.2f} MiB of statistics at once"]

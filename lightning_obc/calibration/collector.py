@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.paired import collect_paired
+from lightning_obc.calibration.replay import Replay
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.specs import Calibration
@@ -30,6 +31,7 @@ class Collector:
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
         passes: Passes so far.
+        replay: Outputs of finished blocks, where they are kept.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class Collector:
     forward: Forward | None = None
     progress: Progress | None = None
     passes: int = 0
+    replay: Replay | None = None
 
     def __call__(self, layers: Mapping[str, nn.Module]) -> dict[str, Hessian]:
         """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
@@ -45,7 +48,24 @@ class Collector:
 
     def paired(self, layers: Mapping[str, nn.Module], dense: DenseWeights) -> dict[str, PairedHessian]:
         """Paired statistics, as :func:`~lightning_obc.calibration.paired.collect_paired`."""
-        return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **self._options))
+        options = self._options | {"replay": self.replay}
+        return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **options))
+
+    def keep_blocks(self, layers: Mapping[str, nn.Module]) -> None:
+        """From now on, keep the outputs of finished blocks; ``layers`` in the order in which batches reach them."""
+        limit = self.spec.cache_bytes
+        if limit is None:
+            return
+        batch = self._counted(lambda batches: next(iter(batches)))
+        self.replay = Replay(self.model, layers, batch_runner(self.model, self.forward), limit, batch)
+
+    def advance(self, left: Sequence[str]) -> None:
+        """Say which layers are still to be compressed; after the last one, what was kept is forgotten."""
+        if self.replay is None:
+            return
+        self.replay.advance(left)
+        if not left:
+            self.replay.release()
 
     def order(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers in the order in which the first batch reaches them; those that it misses come last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lightning_obc.calibration.collect import Forward, Gathering, Progress, batc
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.errors import LayerNotReachedError, ShapeError, UnsupportedLayerError
@@ -102,6 +104,7 @@ def collect_paired(
     rounds: int = 1,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    replay: Replay | None = None,
 ) -> dict[str, PairedHessian]:
     """Statistics of layers in a model that is compressed in part.
 
@@ -118,6 +121,7 @@ def collect_paired(
         rounds: Passes over the batches.
         device: Batches are moved there.
         progress: Called as ``progress(description, batches done, batches in all)``.
+        replay: Spares the batches the blocks that are finished.
 
     Raises:
         ShapeError: The input of a layer changes its shape when earlier layers are compressed.
@@ -127,13 +131,17 @@ def collect_paired(
         {name: PairedAccumulator(module, name=name, lookup=name in lookups) for name, module in layers.items()}
     )
     inputs = LayerInputs(layers, gathering.receive)
+
+    def spared(stream: str, batch: int) -> AbstractContextManager[None]:
+        return nullcontext() if replay is None else replay.running(stream, batch, list(layers))
+
     with traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
             gathering.recording = True
-            with dense.restored(), preserved_rng(), inputs.one_batch():
+            with dense.restored(), preserved_rng(), spared("before", done), inputs.one_batch():
                 run(batch)
             gathering.recording = False
-            with inputs.one_batch():
+            with spared("behind", done), inputs.one_batch():
                 run(batch)
             gathering.check_calls()
             gathering.check_finite()

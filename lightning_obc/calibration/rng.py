@@ -31,6 +31,12 @@ class RandomState:
             cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         )
 
+    def same_as(self, other: RandomState) -> bool:
+        """True when nothing was drawn between the two."""
+        plain = repr((self.python, self.numpy)) == repr((other.python, other.numpy))
+        tensors = zip([self.cpu, *self.cuda], [other.cpu, *other.cuda], strict=False)
+        return plain and all(torch.equal(a, b) for a, b in tensors)
+
     def restore(self) -> None:
         random.setstate(self.python)
         if self.numpy is not None:

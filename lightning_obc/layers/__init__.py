@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
-from lightning_obc.layers.blocks import blocks_of
+from lightning_obc.layers.blocks import block_of, blocks_of
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 from lightning_obc.layers.registry import (
     adapter_for,
@@ -22,6 +22,7 @@ __all__ = [
     "PartAdapter",
     "ProblemShape",
     "adapter_for",
+    "block_of",
     "blocks_of",
     "is_lookup",
     "normalise_name",

@@ -29,6 +29,14 @@ def blocks_of(model: nn.Module, names: Sequence[str]) -> list[list[str]]:
     return list(blocks.values())
 
 
+def block_of(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
+    """Name and module of the block that a layer lies in, None outside of all blocks."""
+    modules = {normalise_name(other): module for other, module in model.named_modules()}
+    block = _block_of(modules, name)
+    inside = block != name or type(modules.get(block.rpartition(".")[0])) in _CONTAINERS
+    return (block, modules[block]) if inside and block in modules else None
+
+
 def _block_of(modules: dict[str, nn.Module], name: str) -> str:
     parts = name.split(".")
     for depth in range(len(parts)):
