@@ -11,6 +11,7 @@ import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array
 
 # Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen. Callers
 # own all memory, so that reference counts, which cost more than the arithmetic of a step, are left out (``_nrt``).
@@ -54,3 +55,19 @@ def _lower(typingctx, a, b):  # type: ignore[no-untyped-def]
 
 
 lower: Any = intrinsic(_lower)
+
+
+def _fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
+    """``array[index]`` of a flat array, index not negative, that no loop turns into a hardware gather.
+
+    Gathering and scattering single floats of different cache lines takes longer than loading them one by one.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.load_atomic(builder.gep(data, [args[1]]), "unordered", array.dtype.bitwidth // 8)
+
+    return array.dtype(array, types.uint64), codegen
+
+
+fetch: Any = intrinsic(_fetch)

@@ -18,12 +18,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, fetch
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
 
 Array = NDArray[np.floating]
 IntArray = NDArray[np.int32]
 WIDTH = 32
+_SHIFT = 5  # WIDTH as a shift: dividing signed integers takes longer
 CHUNK = 128
 
 _jit = numba.njit(**STRICT)
@@ -44,14 +45,14 @@ def padded(columns: int) -> int:
 @_inline
 def at(row: int, column: int) -> int:
     """Offset of the element ``row <= column``."""
-    block = column // WIDTH
-    return WIDTH * WIDTH * block * (block + 1) // 2 + row * WIDTH + column % WIDTH
+    block = column >> _SHIFT
+    return WIDTH * WIDTH // 2 * block * (block + 1) + row * WIDTH + (column & (WIDTH - 1))
 
 
 @_inline
 def panel_at(position: int, step: int, steps: int) -> int:
     """Offset in a panel of ``steps`` columns."""
-    return (position // CHUNK * steps + step) * CHUNK + position % CHUNK
+    return ((position & -CHUNK) * steps) + step * CHUNK + (position & (CHUNK - 1))
 
 
 @cached
@@ -113,7 +114,7 @@ def _flush_rows(
 
 @_jit
 def refill(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
-    """Rows and columns ``mover[k] >= size`` take the places of ``hole[k] < size``."""
+    """Rows and columns ``mover[k] >= size``, in descending order, take the places of ``hole[k] < size``."""
     _refill_rows(packed, size, hole, mover, moves)
     for first in range(0, size, WIDTH):
         _refill_columns(first, packed, size, hole, mover, moves)
@@ -142,11 +143,12 @@ def refill_and_flush(
 def _refill_rows(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
     """The part of every hole to the right of its diagonal. Movers first exchange their rows for those of the holes."""
     for k in range(moves):
-        for j in range(moves):
-            value = packed[at(min(mover[j], mover[k]), max(mover[j], mover[k]))]
-            packed[at(hole[j], mover[k])] = value
-            if j == k:
-                packed[at(hole[k], hole[k])] = value
+        column = at(0, mover[k])
+        packed[at(hole[k], hole[k])] = packed[column + mover[k] * WIDTH]
+        for j in range(k, moves):
+            value = packed[column + mover[j] * WIDTH]
+            packed[column + hole[j] * WIDTH] = value
+            packed[at(hole[k], mover[j])] = value
     for first in range(0, size, WIDTH):
         end = min(first + WIDTH, size)
         for k in range(moves):
@@ -163,7 +165,7 @@ def _refill_columns(first: int, packed: Array, size: int, hole: IntArray, mover:
     for k in range(moves):
         source, target = np.uint64(at(first, mover[k])), np.uint64(at(first, hole[k]))
         for i in range(min(end, hole[k]) - first):
-            packed[target + np.uint64(i * WIDTH)] = packed[source + np.uint64(i * WIDTH)]
+            packed[target + np.uint64(i * WIDTH)] = fetch(packed, source + np.uint64(i * WIDTH))
 
 
 @_jit
