@@ -26,6 +26,7 @@ import rank1
 import torch
 from machine import Clock, describe, matrix_speed, peak_memory, seconds
 
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.kernels.obs_sweep import (
     GridInput,
     NMGroups,
@@ -34,7 +35,7 @@ from lightning_obc.kernels.obs_sweep import (
     sweep_prune,
     sweep_quantize,
 )
-from lightning_obc.linalg import masked_refit, safe_inverse
+from lightning_obc.linalg import safe_inverse
 
 PATTERNS = ("unstructured", "quantize", "2:4 + refit")
 MIB = 2**20

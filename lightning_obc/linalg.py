@@ -1,4 +1,4 @@
-"""Positive-definite linear algebra of the engine, in float64: damping, inverses, exact refits on a mask.
+"""Positive-definite linear algebra of the engine, in float64: damping, inverses, submatrices.
 
 Index legend: ``g`` problems of one layer, ``R`` rows, ``d`` columns; of one row, ``U`` are the kept columns and ``S``
 the pruned ones. ``H`` is the Hessian, ``λ̄ = λ·mean(diag H)`` its damping, the mean taken over all ``d`` columns.
@@ -18,7 +18,6 @@ _DEAD_DIAGONAL = 1e-8
 _FIRST_DAMPING = 1e-6
 _BUDGET_SHARE = 0.25
 _WIDE_ROW = 64
-_REFINEMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -154,81 +153,6 @@ def _retry_note(failed: Tensor, before: float, after: float) -> str:
     return f"Cholesky failed for {name} at damping {before:.3g}, retried at {after:.3g}"
 
 
-# The refit solves for one mask per row; rows are sorted by size so that a chunk pads little.
-def masked_refit(
-    damped_hessian: Tensor,
-    dense: Tensor,
-    mask: Tensor,
-    *,
-    inverse: Tensor | None = None,
-    memory_budget: int | None = None,
-) -> Tensor:
-    """The exact optimum on a mask: minimise ``(w - w₀) H (w - w₀)ᵀ`` over ``w`` that are zero outside the mask.
-
-    Kept form: ``w_U = w₀_U + H_UU⁻¹ H_US w₀_S`` (the same as ``H_UU⁻¹ (H w₀)_U``, and exact when nothing is pruned).
-    Pruned form, for rows that lose fewer than they keep, when ``inverse`` is given: ``w = w₀ - G_:S G_SS⁻¹ w₀_S``.
-
-    Args:
-        damped_hessian: ``[g, d, d]`` float64, positive definite.
-        dense: ``[g, R, d]`` weights, any floating type.
-        mask: ``[g, R, d]`` bool, True = kept.
-        inverse: ``[g, d, d]`` float64 inverse of ``damped_hessian``; None always takes the kept form.
-        memory_budget: Bytes of working memory; None takes a share of what is free.
-
-    Returns:
-        ``[g, R, d]`` float64; pruned weights are ``+0.0``.
-
-    Raises:
-        NotPositiveDefiniteError: A factorisation failed.
-    """
-    groups, rows, columns = dense.shape
-    if columns == 0 or groups * rows == 0:
-        return dense.to(torch.float64)
-    target = dense.to(torch.float64)
-    result = torch.where(mask, target, torch.zeros_like(target)).reshape(groups * rows, columns)
-    flat, kept = target.reshape(groups * rows, columns), mask.reshape(groups * rows, columns)
-    count = kept.sum(1)
-    few_pruned = (2 * count > columns) if inverse is not None else torch.zeros_like(count, dtype=torch.bool)
-    size = torch.where(few_pruned, columns - count, count)
-    moved = (count > 0) & (count < columns)
-    budget = resolve_budget(memory_budget, dense.device)
-    lost = (target * ~mask) @ damped_hessian
-    lost = lost.reshape(groups * rows, columns)
-    scaled_hessian = _Scaled.of(damped_hessian)
-    scaled_inverse = scaled_hessian if inverse is None else _Scaled.of(inverse)
-    for chosen in _size_chunks(size, moved & ~few_pruned, budget):
-        picked, real = padded_columns(kept[chosen])
-        step = _solve_on(scaled_hessian, chosen // rows, picked, real, lost[chosen].gather(1, picked))
-        result[chosen] = result[chosen].scatter_add(1, picked, step * real)
-    for chosen in _size_chunks(size, moved & few_pruned, budget):
-        assert inverse is not None
-        picked, real = padded_columns(~kept[chosen])
-        solution = _solve_on(scaled_inverse, chosen // rows, picked, real, flat[chosen].gather(1, picked))
-        step = torch.zeros_like(flat[chosen]).scatter_add_(1, picked, solution * real)
-        moved_by = rowwise_product(step, inverse, chosen // rows)
-        result[chosen] = torch.where(kept[chosen], flat[chosen] - moved_by, torch.zeros_like(step))
-    return result.reshape(groups, rows, columns) + 0.0
-
-
-def _size_chunks(size: Tensor, wanted: Tensor, budget: int) -> list[Tensor]:
-    """Indices of the wanted rows in chunks of like size whose ``size²`` float64 matrices fit the budget."""
-    index = wanted.nonzero().flatten()
-    index = index[torch.argsort(size[index], stable=True)]
-    sizes = size[index].tolist()
-    chunks: list[Tensor] = []
-    start = 0
-    while start < len(sizes):
-        stop = start + 1
-        # Three matrices live at once (gather, factor, LAPACK's copy); padding may not double the flop.
-        while stop < len(sizes) and sizes[stop] <= 1.2 * sizes[start] + 8:
-            if 24 * (stop + 1 - start) * sizes[stop] ** 2 > budget:
-                break
-            stop += 1
-        chunks.append(index[start:stop])
-        start = stop
-    return chunks
-
-
 def padded_columns(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Columns set in each row of a bool ``[P, d]``, ascending, padded to the longest row; and which are real."""
     longest = int(chosen.sum(1).max())
@@ -250,71 +174,6 @@ def submatrix(matrix: Tensor, problem: Tensor, picked: Tensor, real: Tensor) -> 
     sub *= real[:, :, None] & real[:, None, :]
     sub.diagonal(dim1=1, dim2=2).add_((~real).to(sub.dtype))
     return sub
-
-
-@dataclass(frozen=True)
-class _Scaled:
-    """A positive definite matrix ``M`` as ``D⁻¹ N D⁻¹`` with ``N`` of unit diagonal, in both precisions."""
-
-    unit: Tensor  # [g, d], the diagonal of D
-    exact: Tensor  # [g, d, d] float64, N
-    rough: Tensor  # float32
-
-    @staticmethod
-    def of(matrix: Tensor) -> _Scaled:
-        unit = matrix.diagonal(dim1=1, dim2=2).rsqrt()
-        exact = matrix * unit[:, :, None] * unit[:, None, :]
-        return _Scaled(unit, exact, exact.to(torch.float32))
-
-
-def _solve_on(scaled: _Scaled, problem: Tensor, picked: Tensor, real: Tensor, right: Tensor) -> Tensor:
-    """Solve ``M_QQ x = right`` for every row's ``Q``, to float64 accuracy.
-
-    A float32 factor does the work and float64 residuals correct it; rows on which that does not reach the backward
-    error of a float64 factorisation get one.
-    """
-    unit = scaled.unit[problem].gather(1, picked) * real
-    right = right * unit
-    solution, good = _refine(scaled, problem, picked, real, right)
-    left = (~good).nonzero().flatten()
-    # The budget counts float64 matrices, so the rows left over fit it too.
-    if len(left) > 0:
-        matrix = submatrix(scaled.exact, problem[left], picked[left], real[left])
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        if bool((info != 0).any()):
-            raise NotPositiveDefiniteError(
-                "A Hessian restricted to some of its columns is not positive definite",
-                got=f"{int((info != 0).sum())} rows fail",
-                expected="a positive definite damped Hessian",
-                remedy="raise damping",
-            )
-        solution[left] = _substitute(factor, right[left])
-    return solution * unit
-
-
-def _refine(scaled: _Scaled, problem: Tensor, picked: Tensor, real: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Iterative refinement; returns the solutions ``[P, k]`` and the rows ``[P]`` on which it converged."""
-    factor, info = torch.linalg.cholesky_ex(submatrix(scaled.rough, problem, picked, real))
-    solution, residual = torch.zeros_like(right), right
-    size, eps = picked.shape[1], torch.finfo(right.dtype).eps
-    good = torch.zeros_like(info, dtype=torch.bool)
-    spread = right.new_zeros(len(right), scaled.exact.shape[1])
-    for _ in range(_REFINEMENTS):
-        norm = residual.norm(dim=1, keepdim=True).clamp(min=torch.finfo(right.dtype).tiny)
-        solution = solution + _substitute(factor, (residual / norm).to(torch.float32)).to(right.dtype) * norm
-        spread = spread.zero_().scatter_add_(1, picked, solution * real)
-        residual = right - rowwise_product(spread, scaled.exact, problem).gather(1, picked) * real
-        bound = eps * (right.norm(dim=1) + size * solution.norm(dim=1))
-        good = (info == 0) & (residual.norm(dim=1) <= bound)
-        if bool(good.all()):
-            break
-    return solution, good
-
-
-def _substitute(factor: Tensor, right: Tensor) -> Tensor:
-    """Solve with a lower Cholesky factor."""
-    half = torch.linalg.solve_triangular(factor, right[:, :, None], upper=False)
-    return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, :, 0]
 
 
 def rowwise_product(rows: Tensor, matrix: Tensor, problem: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_obc import linalg
 from lightning_obc.baselines.magnitude import magnitude_mask
 from lightning_obc.errors import SpecError
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, prepare
 from lightning_obc.obs.prune import check_channels, check_fit
@@ -57,9 +57,7 @@ def adaprune(
         current = dense.double()
         for step in range(1, steps + 1):
             mask = magnitude_mask(_on_the_way(pattern, step / steps), current, channels)
-            current = linalg.masked_refit(
-                problem.damped, dense, mask, inverse=problem.inverse, memory_budget=memory_budget
-            )
+            current = masked_refit(problem.damped, dense, mask, inverse=problem.inverse, memory_budget=memory_budget)
         return problem.solution(current, mask, problem.status("adaprune"))
 
     return with_damping(weight, hessian, damping, solve)

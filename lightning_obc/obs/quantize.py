@@ -9,6 +9,7 @@ from lightning_obc import linalg
 from lightning_obc.errors import ShapeError
 from lightning_obc.grid_fitting import fit_grid, refit_scale
 from lightning_obc.kernels import obs_sweep
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.damping import resolve_damping, sample_rows
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.prune import check_channels
@@ -129,7 +130,7 @@ def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -
     """The weights to start from: those passed in, refitted exactly if the mask removes any that are not zero yet."""
     if keep is None or not bool((problem.weight[~keep] != 0).any()):
         return problem.weight
-    refitted = linalg.masked_refit(
+    refitted = masked_refit(
         problem.damped, problem.original_batched(), keep, inverse=problem.inverse, memory_budget=memory_budget
     )
     return refitted.to(problem.weight.dtype)

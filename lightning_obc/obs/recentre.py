@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_obc import linalg
 from lightning_obc.errors import ShapeError
 from lightning_obc.hessian import PairedHessian
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.lookup import row_excess
 from lightning_obc.obs.problem import quadratic
 from lightning_obc.obs.solution import LayerSolution
@@ -57,7 +58,7 @@ def recentre(weight: Tensor, paired: PairedHessian, *, mixing: float = 1.0, damp
     step = dense @ paired.cross.to(device) @ inverse.inverse
     mask = weight != 0
     if not bool(mask.all()):
-        step = linalg.masked_refit(inverse.damped_hessian, step, mask)
+        step = masked_refit(inverse.damped_hessian, step, mask)
     moved = (dense + mixing * step).to(weight.dtype)
     return Recentred(moved, output_error(weight, moved, paired))
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_obc import linalg
 from lightning_obc.kernels import obs_sweep
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
@@ -128,7 +128,7 @@ def solve_mask(
     if bool(mask.all()):
         weight = problem.original_batched()
     else:
-        weight = linalg.masked_refit(
+        weight = masked_refit(
             problem.damped, problem.original_batched(), mask, inverse=problem.inverse, memory_budget=memory_budget
         )
     return problem.solution(weight, mask, problem.status(backend, *notes))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
-from lightning_obc.linalg import masked_refit
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.refine import masks
 from lightning_obc.obs.refine.judge import Deadline, row_losses
 from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap

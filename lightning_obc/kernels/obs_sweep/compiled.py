@@ -1,13 +1,8 @@
-"""The CPU default: rows in parallel threads, each a compiled sweep in its own cache (see :mod:`.rows`).
-
-The compiled code releases the GIL and plain Python threads drive it, so that nothing depends on numba's threading
-layers: calls from several threads, and from forked children, are safe.
-"""
+"""The CPU default: rows in parallel threads, each a compiled sweep in its own cache (see :mod:`.rows`)."""
 
 from __future__ import annotations
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,9 +12,11 @@ from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
+from lightning_obc.kernels.obs_sweep.jit import aligned
 from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
 from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepOutput, SweepPlan
+from lightning_obc.kernels.threads import run_blocks
 
 _NARROW, _NARROW_STEPS, _STEPS = 700, 32, 64
 
@@ -32,23 +29,12 @@ def sweep(plan: SweepPlan) -> SweepOutput:
     options = _options(plan)
     threads = _threads(rows, columns, problem.weight.itemsize, plan.memory_budget)
     block = max(1, min(rows // (4 * threads), 10**8 // columns**3))
-    starts = itertools.count(0, block)
 
-    def work() -> None:
+    def begin() -> Callable[[int, int], None]:
         scratch = _scratch(columns, len(problem.quota), problem.weight.dtype)
-        for start in iter(lambda: next(starts), None):
-            if start >= rows:
-                return
-            kernel.sweep_rows(start, min(start + block, rows), problem, result, scratch, options)
+        return lambda first, last: kernel.sweep_rows(first, last, problem, result, scratch, options)
 
-    if threads == 1:
-        work()
-    else:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(work) for _ in range(threads - 1)]
-            work()
-            for other in others:
-                other.result()
+    run_blocks(rows, block, threads, begin)
     # A pivot that overflowed leaves its trace in the losses.
     out.broken.logical_or_(~torch.isfinite(out.losses).all(-1))
     return out
@@ -131,10 +117,10 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
         return np.zeros(count, np.int32)
 
     return kernel.Scratch(
-        packed=_aligned(size, dtype),
-        panel=_aligned(_STEPS * length, dtype),
-        packed64=_aligned(size, np.dtype(np.float64)),
-        panel64=_aligned(_NARROW_STEPS * length, np.dtype(np.float64)),
+        packed=aligned(size, dtype),
+        panel=aligned(_STEPS * length, dtype),
+        packed64=aligned(size, np.dtype(np.float64)),
+        panel64=aligned(_NARROW_STEPS * length, np.dtype(np.float64)),
         weight=floats(),
         diagonal=floats(),
         reference=floats(),
@@ -157,10 +143,3 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
         target=np.zeros(length),
         made=integers(groups),
     )
-
-
-def _aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Uninitialised memory that starts at a cache line, so that no tile straddles one."""
-    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size * dtype.itemsize].view(dtype)

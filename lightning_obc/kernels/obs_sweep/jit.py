@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
+from numpy.typing import NDArray
 
 # Reassociation and contraction are harmless; NaN and Inf keep their meaning, so that broken pivots are seen. Callers
 # own all memory, so that reference counts, which cost more than the arithmetic of a step, are left out (``_nrt``).
@@ -71,3 +73,10 @@ def _fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
 
 
 fetch: Any = intrinsic(_fetch)
+
+
+def aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Uninitialised memory that starts at a cache line, so that no tile straddles one."""
+    raw = np.empty(size * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size * dtype.itemsize].view(dtype)

@@ -156,3 +156,4 @@ def _fma(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Val
 
 flush_tile = _make_tile(FLUSH_ROWS, FLUSH_VECTORS)
 panel_tile = _make_tile(1, PANEL_VECTORS)
+line_tile = _make_tile(1, FLUSH_VECTORS)

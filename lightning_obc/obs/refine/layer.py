@@ -10,10 +10,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lightning_obc import linalg
 from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
+from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.refine.codes import CodesState, activation_order, better_of, descend
 from lightning_obc.obs.refine.judge import Deadline, Judgement, judge, row_losses
@@ -97,7 +97,7 @@ def refine_mask(
         return _unrefined(solution, error)
     mask = _last(search(greedy, deadline, None if verdict is None else verdict.depth)).mask
     problem = greedy.problem
-    weight = linalg.masked_refit(
+    weight = masked_refit(
         problem.damped, problem.original_batched(), mask, inverse=problem.inverse, memory_budget=memory_budget
     )
     better, gain = _better_rows(problem, solution, weight, coupled=False)
