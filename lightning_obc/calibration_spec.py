@@ -39,6 +39,9 @@ class Calibration:
             is what ``"independent"`` means.
         memory: Bytes for the statistics that live at once, as a number or with a unit (``"2 GiB"``). Layers that do
             not fit together are calibrated in several passes, with the same result. ``None`` sets no limit.
+        device_memory: Bytes of the layers' device, such as a GPU, for the statistics that live at once. The others are
+            kept in host memory and brought to the device for every update, with the same result. ``None`` keeps all
+            on the device.
         cache: Bytes of host memory, as for ``memory``, in which ``"sequential"`` and ``"asymmetric"`` keep the outputs
             of blocks that are finished, so that a pass need not run through these again. The result is the same.
             ``None`` keeps nothing.
@@ -56,6 +59,7 @@ class Calibration:
     mixing: float = 1.0
     together: Together = "layer"
     memory: Union[int, str, None] = None
+    device_memory: Union[int, str, None] = None
     cache: Union[int, str, None] = None
     pooled: bool = False
     bias: bool = False
@@ -73,6 +77,7 @@ class Calibration:
                 raise SpecError(f"Calibration.{name} is unknown", got=repr(value), expected=f"one of {allowed}")
         self._check_mixing()
         parse_bytes(self.memory)
+        parse_bytes(self.device_memory, "device_memory")
         parse_bytes(self.cache, "cache")
         if self.cache is not None and not self.paired:
             raise SpecError(
@@ -112,9 +117,14 @@ class Calibration:
         return parse_bytes(self.memory)
 
     @property
+    def device_bytes(self) -> int | None:
+        """``device_memory`` in bytes."""
+        return parse_bytes(self.device_memory, "device_memory")
+
+    @property
     def cache_bytes(self) -> int | None:
         """``cache`` in bytes."""
-        return parse_bytes(self.cache)
+        return parse_bytes(self.cache, "cache")
 
 
 def parse_bytes(value: Union[int, str, None], name: str = "memory") -> int | None:

@@ -9,6 +9,7 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.calibration import on_host, statistic_bytes
 from lightning_obc.correction import check_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import (
@@ -93,7 +94,18 @@ class StagePlan:
     @property
     def statistics_bytes(self) -> int:
         """Memory of the statistics that live at once, at most."""
-        return max((sum(statistic_bytes(x, self.calibration) for x in part) for part in self.passes), default=0)
+        return max(
+            (sum(statistic_bytes(x.shape, self.calibration.paired) for x in part) for part in self.passes), default=0
+        )
+
+    @property
+    def on_host(self) -> set[str]:
+        """Layers whose statistics live in host memory while they are collected."""
+        return {
+            name
+            for part in self.passes
+            for name in on_host({layer.name: layer.shape for layer in part}, self.calibration)
+        }
 
     def __str__(self) -> str:
         from lightning_obc.report import render
@@ -118,23 +130,24 @@ class StagePlan:
 
     def _notes(self) -> list[str]:
         spec, limit = self.calibration, self.calibration.memory_bytes
-        if not spec.paired and limit is None and not spec.bias:
+        if not spec.paired and not spec.bias and limit is None and spec.device_memory is None:
             return []
         how = f"{spec.mode}, {len(self.passes)} calibration passes"
         if spec.paired:
             how += f" in {len(self.together)} groups ({spec.together}), each through the model before and after"
+        if (away := self.on_host) or spec.device_memory is not None:
+            how += f", {len(away)} layers' statistics in host memory, to keep {spec.device_memory} of the device"
         if spec.cache is not None:
             how += f", outputs of finished blocks kept in {spec.cache} of host memory"
         if spec.bias:
             how += ", biases corrected after each group"
         notes = [f"calibration: {how}, at most {self.statistics_bytes / 2**20:.2f} MiB of statistics at once"]
-        large = [layer.name for layer in self.layers if limit is not None and statistic_bytes(layer, spec) > limit]
+        large = [
+            layer.name
+            for layer in self.layers
+            if limit is not None and statistic_bytes(layer.shape, spec.paired) > limit
+        ]
         return [*notes, f"larger alone than the memory limit: {', '.join(large)}"] if large else notes
-
-
-def statistic_bytes(layer: LayerPlan, spec: Calibration) -> int:
-    """Memory of a layer's statistic: two halves; beside compressed layers also the cross product and the difference."""
-    return layer.hessian_bytes * (2 if spec.paired else 1)
 
 
 def grouped(layers: Sequence[LayerPlan], spec: Calibration, blocks: Sequence[Sequence[str]]) -> list[list[LayerPlan]]:
@@ -162,7 +175,7 @@ def within_memory(layers: Sequence[LayerPlan], spec: Calibration) -> list[list[L
     parts: list[list[LayerPlan]] = []
     room: list[int] = []
     for layer in sorted(layers, key=lambda x: -x.hessian_bytes):
-        size = statistic_bytes(layer, spec)
+        size = statistic_bytes(layer.shape, spec.paired)
         index = next((i for i, left in enumerate(room) if size <= left), None)
         if index is None:
             parts.append([layer])

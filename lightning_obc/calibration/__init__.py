@@ -7,6 +7,7 @@ from lightning_obc.calibration.collect import collect_hessians
 from lightning_obc.calibration.collector import Collector
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.isolation import eager_forward, undisturbed
+from lightning_obc.calibration.memory import on_host, statistic_bytes
 from lightning_obc.calibration.paired import PairedAccumulator, check_comparable, collect_paired
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
@@ -25,7 +26,9 @@ __all__ = [
     "collect_hessians",
     "collect_paired",
     "eager_forward",
+    "on_host",
     "preserved_rng",
+    "statistic_bytes",
     "to_device",
     "undisturbed",
 ]

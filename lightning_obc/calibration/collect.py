@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -31,6 +31,7 @@ def collect_hessians(
     rounds: int = 1,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
+    on_host: Collection[str] = (),
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
 
@@ -53,10 +54,11 @@ def collect_hessians(
             one's own.
         progress: Called as ``progress(description, batches done, batches in all)`` after every batch; 0 in all when
             the number is not known.
+        on_host: Names of the layers whose sums live in host memory, and are brought to the device for every update.
 
     Returns:
-        One statistic per layer, on the device of the layer's weight. ``samples`` is the same for all layers, up to
-        the split into halves.
+        One statistic per layer, on the device of the layer's weight, or in host memory. ``samples`` is the same for
+        all layers, up to the split into halves.
 
     Raises:
         EmptyCalibrationError: There are no batches.
@@ -66,7 +68,10 @@ def collect_hessians(
     """
     run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
     gathering = Gathering(
-        {name: HessianAccumulator(module, name=name, lookup=name in lookups) for name, module in layers.items()}
+        {
+            name: HessianAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
+            for name, module in layers.items()
+        }
     )
     inputs = LayerInputs(layers, gathering.update)
     with traceless(model), inputs.watched(model):

@@ -13,10 +13,12 @@ from lightning_obc.calibration.collect import Forward, Progress, batch_runner, c
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.memory import on_host
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError
 from lightning_obc.hessian import Hessian, PairedHessian
+from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
 
 
@@ -44,11 +46,12 @@ class Collector:
 
     def __call__(self, layers: Mapping[str, nn.Module]) -> dict[str, Hessian]:
         """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
-        return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **self._options))
+        options = self._options | {"on_host": self._on_host(layers)}
+        return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **options))
 
     def paired(self, layers: Mapping[str, nn.Module], dense: DenseWeights) -> dict[str, PairedHessian]:
         """Paired statistics, as :func:`~lightning_obc.calibration.paired.collect_paired`."""
-        options = self._options | {"replay": self.replay}
+        options = self._options | {"replay": self.replay, "on_host": self._on_host(layers)}
         return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **options))
 
     def keep_blocks(self, layers: Mapping[str, nn.Module]) -> None:
@@ -90,6 +93,10 @@ class Collector:
     @property
     def _options(self) -> dict[str, Any]:
         return {"forward": self.forward, "rounds": self.spec.rounds, "progress": self.progress}
+
+    def _on_host(self, layers: Mapping[str, nn.Module]) -> set[str]:
+        shapes = {name: adapter.shape(module) for name, module in layers.items() if (adapter := adapter_for(module))}
+        return on_host(shapes, self.spec)
 
     def _counted(self, run: Callable[[Iterable[Any]], Any]) -> Any:
         self.passes += 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,12 +29,19 @@ class PairedAccumulator(HessianAccumulator):
     """
 
     def __init__(
-        self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None, lookup: bool = False
+        self,
+        module: nn.Module,
+        *,
+        name: str = "",
+        device: torch.device | str | None = None,
+        lookup: bool = False,
+        on_host: bool = False,
     ) -> None:
-        super().__init__(module, name=name, device=device, lookup=lookup)
+        super().__init__(module, name=name, device=device, lookup=lookup, on_host=on_host)
         with torch.inference_mode(False):
-            self.cross = torch.zeros_like(self.sums[0])
-            self.difference = torch.zeros_like(self.sums[0])
+            self.cross, self.difference = (
+                torch.zeros_like(self.sums[0], pin_memory=self.sums.is_pinned()) for _ in range(2)
+            )
 
     @torch.no_grad()
     def update_pair(self, before: Tensor, x: Tensor, module: nn.Module | None = None) -> None:
@@ -60,8 +67,10 @@ class PairedAccumulator(HessianAccumulator):
         x, before = self._without_padding(x, module), self._without_padding(before, module)
         x = x if x.dtype == torch.float64 else x.float()
         change = before.to(x.dtype) - x
-        adapter.accumulate_(module, self.difference, change)
-        adapter.accumulate_cross_(module, self.cross, change, x)
+        with self._on_device(self.difference, x) as difference:
+            adapter.accumulate_(module, difference, change)
+        with self._on_device(self.cross, x) as cross:
+            adapter.accumulate_cross_(module, cross, change, x)
 
     def _check_same(self, before: Tensor, x: Tensor) -> None:
         if not torch.equal(before, x):
@@ -105,6 +114,7 @@ def collect_paired(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     replay: Replay | None = None,
+    on_host: Collection[str] = (),
 ) -> dict[str, PairedHessian]:
     """Statistics of layers in a model that is compressed in part.
 
@@ -121,6 +131,7 @@ def collect_paired(
         rounds: Passes over the batches.
         device: Batches are moved there.
         progress: Called as ``progress(description, batches done, batches in all)``.
+        on_host: Names of the layers whose sums live in host memory.
         replay: Spares the batches the blocks that are finished.
 
     Raises:
@@ -128,7 +139,10 @@ def collect_paired(
     """
     run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
     gathering = _Pairs(
-        {name: PairedAccumulator(module, name=name, lookup=name in lookups) for name, module in layers.items()}
+        {
+            name: PairedAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
+            for name, module in layers.items()
+        }
     )
     inputs = LayerInputs(layers, gathering.receive)
 

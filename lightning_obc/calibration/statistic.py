@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +24,7 @@ class HessianAccumulator:
         module: The layer; an adapter must handle it.
         name: Name of the layer in errors.
         device: Where the sums live; None means the device of the layer's weight.
+        on_host: The sums live in host memory, and are brought to the inputs' device for every update.
         lookup: Also count how often each row is looked up, because an embedding shares the weight.
 
     Raises:
@@ -28,7 +32,13 @@ class HessianAccumulator:
     """
 
     def __init__(
-        self, module: nn.Module, *, name: str = "", device: torch.device | str | None = None, lookup: bool = False
+        self,
+        module: nn.Module,
+        *,
+        name: str = "",
+        device: torch.device | str | None = None,
+        lookup: bool = False,
+        on_host: bool = False,
     ) -> None:
         adapter = adapter_for(module)
         if adapter is None:
@@ -40,12 +50,19 @@ class HessianAccumulator:
         size = (2, self.shape.groups, self.shape.columns, self.shape.columns)
         # Tensors made in inference mode could not be used in training afterwards.
         with torch.inference_mode(False):
-            self.sums = torch.zeros(size, dtype=torch.float64, device=device or adapter.current(module).device)
+            self.sums = self._zeros(size, torch.device(device or adapter.current(module).device), on_host)
             self.rows = self.sums.new_zeros(2, self.shape.groups, self.shape.rows) if lookup or adapter.lookup else None
+        self._on_host = on_host
         self.samples = [0, 0]
         self.batch_index = -1
         self._batch_size, self._start = 0, 0
         self._token_mask: Tensor | None = None
+
+    @staticmethod
+    def _zeros(size: tuple[int, ...], device: torch.device, on_host: bool) -> Tensor:
+        if not on_host:
+            return torch.zeros(size, dtype=torch.float64, device=device)
+        return torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
 
     @property
     def adapter(self) -> LayerAdapter:
@@ -99,9 +116,21 @@ class HessianAccumulator:
 
     def _add_(self, adapter: LayerAdapter, module: nn.Module, half: int, x: Tensor) -> None:
         if not adapter.lookup:
-            adapter.accumulate_(module, self.sums[half], x)
+            with self._on_device(self.sums[half], x) as sums:
+                adapter.accumulate_(module, sums, x)
         elif self.rows is not None:
-            adapter.count_rows_(module, self.rows[half], x)
+            with self._on_device(self.rows[half], x) as rows:
+                adapter.count_rows_(module, rows, x)
+
+    @contextmanager
+    def _on_device(self, sums: Tensor, x: Tensor) -> Iterator[Tensor]:
+        """Sums to add to where ``x`` is: themselves, or a copy that is written back."""
+        if not self._on_host:
+            yield sums
+            return
+        copy = sums.to(x.device, copy=True)
+        yield copy
+        sums.copy_(copy)
 
     def _without_padding(self, x: Tensor, module: nn.Module) -> Tensor:
         if self._token_mask is None:
