@@ -52,8 +52,9 @@ def is_diagonal(matrix: Tensor) -> bool:
 def damped(hessian: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     """``H + λ·mean(diag H)·I`` and ``λ̄``.
 
-    A dead column that damping leaves at 0 (``λ = 0``, or all columns dead) gets the diagonal ``1e-8·mean(diag H)``,
-    or 1 when the mean is 0 too. It couples with nothing, so no other column notices: it becomes nearly free to fix.
+    A dead column that damping leaves at 0 (``λ = 0``, or all columns dead) gets the diagonal ``1e-8·mean(diag H)``;
+    when that is 0 too, the smallest such mean of the other problems counts, and 1 when there is none. It couples with
+    nothing, so no other column notices: it becomes nearly free to fix, in its own problem and beside the others.
 
     Args:
         hessian: ``[g, d, d]`` float64, undamped.
@@ -67,7 +68,9 @@ def damped(hessian: Tensor, damping: float | Tensor) -> tuple[Tensor, Tensor]:
     result = hessian.clone()
     diagonal = result.diagonal(dim1=-2, dim2=-1)
     diagonal += lam_bar[:, None]
-    filler = torch.where(mean > 0, mean * _DEAD_DIAGONAL, torch.ones_like(mean))
+    smallest = torch.where(mean > 0, mean, torch.inf).min()
+    smallest = torch.where(torch.isinf(smallest), 1 / _DEAD_DIAGONAL, smallest)
+    filler = torch.where(mean > 0, mean, smallest) * _DEAD_DIAGONAL
     diagonal.copy_(torch.where(dead_columns(hessian) & (diagonal == 0), filler[:, None], diagonal))
     return result, lam_bar
 

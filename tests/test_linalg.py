@@ -86,3 +86,12 @@ def test_wrong_type_is_named() -> None:
 def test_budget_defaults_to_a_share_of_free_memory() -> None:
     assert resolve_budget(123, torch.device("cpu")) == 123
     assert resolve_budget(None, torch.device("cpu")) > 2**20
+
+
+def test_a_wholly_dead_problem_is_nearly_free_beside_tiny_ones() -> None:
+    tiny = hessian(1, 4, 20)[0] * 1e-12
+    result, lam_bar = damped(torch.stack([tiny, torch.zeros_like(tiny), 1e6 * tiny]), 0.01)
+    assert lam_bar[1] == 0
+    dead = result[1].diagonal()
+    assert bool((dead > 0).all())
+    assert bool((dead < 1e-6 * tiny.diagonal().min()).all())

@@ -87,6 +87,18 @@ def test_dead_columns_are_counted_and_cost_nothing(solver: Callable[..., obs.Lay
     assert solution.status.dead == 2
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-30])
+def test_a_group_whose_inputs_are_all_zero_goes_first_whatever_the_scale_of_the_others(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 40, generator=generator, dtype=torch.float64)
+    hessian = torch.stack([x @ x.mT * scale, torch.zeros(8, 8, dtype=torch.float64)])
+    weight = torch.randn(2, 3, 8, generator=generator)
+    solution = obs.prune(weight, hessian, 0.5)
+    assert not bool(solution.mask[1].any())
+    assert bool(solution.mask[0].all())
+    assert solution.loss == 0
+
+
 def test_dead_columns_are_rounded_to_nearest() -> None:
     weight, hessian = problem()
     hessian[2] = 0
