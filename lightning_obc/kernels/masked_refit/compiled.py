@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep import packed as layout
-from lightning_obc.kernels.obs_sweep import tile as tiles
 from lightning_obc.kernels.obs_sweep.jit import STRICT, aligned, cached, source_digest
 from lightning_obc.kernels.obs_sweep.packed import WIDTH, Array, at, packed_size
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_columns, flush_tile, line_tile
@@ -170,7 +169,7 @@ def _entries(digest: int) -> tuple[Callable[..., None], Callable[..., None]]:
     return cached(factor_rows), cached(solve_rows)
 
 
-_factor_many, _solve_many = _entries(source_digest(__file__, layout.__file__, tiles.__file__))
+_factor_many, _solve_many = _entries(source_digest(__file__, layout.__file__))
 
 
 def factorise(

@@ -14,6 +14,7 @@ from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.jit import aligned
 from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
 from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepOutput, SweepPlan
 from lightning_obc.kernels.threads import run_blocks
@@ -46,7 +47,7 @@ def _threads(rows: int, columns: int, itemsize: int, budget: int) -> int:
     return max(1, min(torch.get_num_threads(), rows, budget // each))
 
 
-def _problem(plan: SweepPlan) -> kernel.Problem:
+def _problem(plan: SweepPlan) -> Problem:
     source = plan.problem
     groups, _, columns = source.weight.shape
     inverse = source.inverse.detach().contiguous().numpy()
@@ -58,7 +59,7 @@ def _problem(plan: SweepPlan) -> kernel.Problem:
     zeros = np.zeros((0, columns), np.bool_) if source.keep is None else _flat(~source.keep)
     scale, zero_point = (none, none) if plan.grid is None else (_flat(plan.grid.scale), _flat(plan.grid.zero_point))
     hessian = source.hessian.detach().contiguous().numpy()
-    return kernel.Problem(_flat(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
+    return Problem(_flat(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
 
 
 def _flat(tensor: Tensor) -> NDArray[Any]:
@@ -75,18 +76,18 @@ def _groups(plan: SweepPlan) -> tuple[NDArray[np.int32], ...]:
     return tuple(np.ascontiguousarray(part, np.int32) for part in (group, members, first, quota))
 
 
-def _result(out: SweepOutput, columns: int) -> kernel.Result:
+def _result(out: SweepOutput, columns: int) -> Result:
     """Views of the output tensors: the kernel writes into them."""
     codes = torch.empty(0, columns, dtype=torch.uint8) if out.codes is None else out.codes
     order, losses = _flat(out.order), _flat(out.losses)
-    return kernel.Result(order, losses, out.count.view(-1).numpy(), out.broken.view(-1).numpy(), _flat(codes))
+    return Result(order, losses, out.count.view(-1).numpy(), out.broken.view(-1).numpy(), _flat(codes))
 
 
-def _options(plan: SweepPlan) -> kernel.Options:
+def _options(plan: SweepPlan) -> Options:
     numpy_dtype = np.dtype(str(plan.problem.weight.dtype).removeprefix("torch."))
     scalar = numpy_dtype.type
     info = np.finfo(numpy_dtype)
-    return kernel.Options(
+    return Options(
         rows=plan.problem.weight.shape[1],
         quantize=plan.grid is not None,
         max_code=scalar(0 if plan.grid is None else plan.grid.max_code),
@@ -106,7 +107,7 @@ def _options(plan: SweepPlan) -> kernel.Options:
     )
 
 
-def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
+def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
     """Memory of one thread. The float64 part stays untouched, and so unallocated, until a row restarts."""
     size, length = packed_size(columns), padded(columns)
 
@@ -116,7 +117,7 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> kernel.Scratch:
     def integers(count: int = length) -> NDArray[np.int32]:
         return np.zeros(count, np.int32)
 
-    return kernel.Scratch(
+    return Scratch(
         packed=aligned(size, dtype),
         panel=aligned(_STEPS * length, dtype),
         packed64=aligned(size, np.dtype(np.float64)),

@@ -34,13 +34,14 @@ def cached(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def source_digest(*files: str) -> int:
-    """A non-negative checksum of sources. numba itself only looks at the file of the function it caches."""
+    """A non-negative checksum of all sources beside these files. numba itself looks at the cached function's file."""
     total = 0
-    for file in files:
-        try:
-            total = zlib.crc32(Path(file).read_bytes(), total)
-        except OSError:
-            continue
+    for folder in sorted({Path(file).parent for file in files}):
+        for source in sorted(folder.glob("*.py")):
+            try:
+                total = zlib.crc32(source.read_bytes(), total)
+            except OSError:
+                continue
     return total
 
 

@@ -9,111 +9,33 @@ inverse of ``H`` on the columns that are still free.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numba
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_obc.kernels.obs_sweep import packed, tile
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, lower, source_digest
+from lightning_obc.kernels.obs_sweep.choose import choose, score
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     Array,
-    IntArray,
     at,
     correct,
     flush,
     gather,
-    invert_,
     panel_at,
     refill,
     refill_and_flush,
 )
+from lightning_obc.kernels.obs_sweep.restart import place, restart
+from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
 # Passing a whole Scratch costs more than a chunk's arithmetic, so what runs every step is inlined.
 _jit_inline = numba.njit(forceinline=True, **STRICT)
 _cheaper_to_invert = _jit(cheaper_to_invert)
-_NONE = np.iinfo(np.int32).max
 CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
-
-
-class Problem(NamedTuple):
-    """Inputs, read only. ``P = g·R`` rows; an absent input has no elements."""
-
-    weight: Array  # [P, d]
-    packed: Array  # [g, packed_size(d)], G
-    hessian: Array  # [g, d, d] float64, damped
-    zeros: NDArray[np.bool_]  # [P, d], weights that are zero already
-    scale: Array  # [P, d]
-    zero_point: Array  # [P, d]
-    group: IntArray  # [d], N:M group of every column
-    members: IntArray  # [d], columns sorted by group
-    first_member: IntArray  # [groups + 1], where a group starts in ``members``
-    quota: IntArray  # [groups], zeros to make
-
-
-class Result(NamedTuple):
-    """Outputs, see :class:`~lightning_obc.kernels.obs_sweep.types.SweepOutput`."""
-
-    order: IntArray
-    losses: Array
-    steps: IntArray
-    broken: NDArray[np.bool_]
-    codes: NDArray[np.uint8]
-
-
-class Scratch(NamedTuple):
-    """Working memory of one thread. Flat arrays, by position where not said otherwise."""
-
-    packed: Array
-    panel: Array
-    packed64: Array
-    panel64: Array
-    weight: Array
-    diagonal: Array
-    reference: Array  # diagonal at the start, or at the last restart
-    penalty: Array  # 0, or ``big`` once a position leaves
-    score: Array
-    chunk_best: Array  # by chunk
-    scale: Array
-    inverse_scale: Array
-    zero_point: Array
-    right: Array  # float64
-    unit: Array  # float64
-    column: IntArray  # column at a position
-    position: IntArray  # by column, -1 outside the working set
-    leaving: IntArray
-    hole: IntArray  # by move
-    mover: IntArray  # by move
-    zeros: IntArray  # columns eliminated without a choice
-    free: IntArray
-    fixed: NDArray[np.bool_]  # by column
-    target: Array  # by column, float64: value a column was fixed at
-    made: IntArray  # by group: zeros so far
-
-
-class Options(NamedTuple):
-    """Scalars. ``big``, ``outlier`` … are in the dtype of the sweep, so that nothing is promoted."""
-
-    rows: int  # rows per problem
-    quantize: bool
-    max_code: Any
-    outlier: Any  # squared error, in squared steps, above which a clipped weight goes first
-    big: Any
-    zero: Any
-    half: Any
-    one: Any
-    worn: Any  # reference / diagonal at a pivot that asks for a restart
-    steps: int  # panel of a wide working set
-    narrow_steps: int  # panel of a narrow one
-    narrow: int
-    flush_width: int
-    panel_width: int
-    flush_width64: int
-    panel_width64: int
 
 
 @_jit
@@ -125,7 +47,7 @@ def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tup
         status = WORN
     while True:
         if status == WORN:
-            size = _restart(row, done >= forced, p, s, o)
+            size = restart(row, done >= forced, p, s, o)
             if size <= 0:
                 return done, size < 0
             source, shared = s.packed, False
@@ -157,21 +79,8 @@ def _begin(row: int, p: Problem, s: Scratch, o: Options) -> int:
         if p.zeros.shape[0] > 0 and p.zeros[row, column]:
             s.zeros[forced] = column
             forced += 1
-    _place(row, p.weight.shape[1], p, s, o)
+    place(row, p.weight.shape[1], p, s, o)
     return forced
-
-
-@_jit
-def _place(row: int, size: int, p: Problem, s: Scratch, o: Options) -> None:
-    """Fill what depends on which columns sit at the first ``size`` positions."""
-    s.position[:] = -1
-    for i in range(size):
-        column = s.column[i]
-        s.position[column] = i
-        if o.quantize:
-            s.scale[i] = p.scale[row, column]
-            s.inverse_scale[i] = o.one / s.scale[i]
-            s.zero_point[i] = p.zero_point[row, column]
 
 
 @_jit
@@ -200,7 +109,7 @@ def _load_panel(source: Array, size: int, start: bool, s: Scratch, o: Options) -
         s.weight[i], s.diagonal[i], s.penalty[i] = 0, 1, o.big
         s.scale[i], s.inverse_scale[i], s.zero_point[i] = 1, 1, 0
     for chunk in range(end // CHUNK):
-        _score(chunk, s, o)
+        score(chunk, s, o)
 
 
 @_jit_inline
@@ -226,7 +135,7 @@ def _panel(
                 leaving = _close_full_groups(size, leaving, p, s, o)
             if leaving == size:
                 return ENDED, done, step, leaving
-            pivot = _choose(size, s, o)
+            pivot = choose(size, s, o)
         if pivot < 0 or not 0 < s.diagonal[pivot] < np.inf:
             return BROKEN, done, step, leaving
         worn |= s.reference[pivot] > o.worn * s.diagonal[pivot]
@@ -265,7 +174,7 @@ def _close_full_groups(size: int, leaving: int, p: Problem, s: Scratch, o: Optio
     for group in range(p.quota.shape[0]):
         leaving = _close_if_full(group, leaving, p, s, o)
     for chunk in range((size + CHUNK - 1) // CHUNK):
-        _score(chunk, s, o)
+        score(chunk, s, o)
     return leaving
 
 
@@ -282,31 +191,6 @@ def _close_if_full(group: int, leaving: int, p: Problem, s: Scratch, o: Options)
 
 
 @_jit_inline
-def _choose(size: int, s: Scratch, o: Options) -> int:
-    """Position of the smallest score, the lowest column among equals; -1 when there is none."""
-    chunks = (size + CHUNK - 1) // CHUNK
-    best = o.big
-    for chunk in range(chunks):
-        best = min(best, s.chunk_best[chunk])
-    if not best < o.big:
-        return -1
-    column = _NONE
-    for chunk in range(chunks):
-        if s.chunk_best[chunk] == best:
-            column = min(column, _lowest_column(s.score, s.column, chunk * CHUNK, best))
-    return -1 if column == _NONE else s.position[column]
-
-
-@_jit
-def _lowest_column(score: Array, column: IntArray, start: int, best: Any) -> int:
-    lowest: Any = np.int32(_NONE)
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        lowest = min(lowest, column[i] if score[i] == best else np.int32(_NONE))
-    return lowest
-
-
-@_jit_inline
 def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, steps: int, s: Scratch, o: Options) -> None:
     """Form the pivot column, move the weights and the diagonal, and score again."""
     gather(source, size, pivot, s.panel, step, steps)
@@ -317,7 +201,7 @@ def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, step
         _advance(s.panel, start, s.weight, s.diagonal, chunk * CHUNK, inverse_root, error * inverse_root)
         if chunk == pivot // CHUNK:
             s.weight[pivot], s.diagonal[pivot] = 0, 1
-        _score(chunk, s, o)
+        score(chunk, s, o)
 
 
 @_jit
@@ -328,55 +212,6 @@ def _advance(panel: Array, at: int, weight: Array, diagonal: Array, start: int, 
         panel[j] = v
         weight[i] -= z * v
         diagonal[i] -= v * v
-
-
-@_jit_inline
-def _score(chunk: int, s: Scratch, o: Options) -> None:
-    start = chunk * CHUNK
-    if o.quantize:
-        s.chunk_best[chunk] = _score_quantize(
-            s.weight, s.diagonal, s.penalty, s.scale, s.inverse_scale, s.zero_point, s.score, start, o
-        )
-    else:
-        s.chunk_best[chunk] = _score_prune(s.weight, s.diagonal, s.penalty, s.score, start, o.big)
-
-
-@_jit
-def _score_prune(weight: Array, diagonal: Array, penalty: Array, score: Array, start: int, big: Any) -> Any:
-    best = big
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        value = weight[i] * weight[i] / diagonal[i] + penalty[i]
-        score[i] = value
-        best = lower(best, value)
-    return best
-
-
-@_jit
-def _score_quantize(
-    weight: Array,
-    diagonal: Array,
-    penalty: Array,
-    scale: Array,
-    inverse_scale: Array,
-    zero_point: Array,
-    score: Array,
-    start: int,
-    o: Options,
-) -> Any:
-    """Clipped outliers score below zero, the largest squared error lowest, so that one minimum finds both."""
-    best = o.big
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        nearest = np.rint(weight[i] * inverse_scale[i]) + zero_point[i]
-        code = min(max(nearest, o.zero), o.max_code)
-        error = weight[i] - (code - zero_point[i]) * scale[i]
-        square = error * error
-        far = nearest != code and square > o.outlier * scale[i] * scale[i]
-        value = (-square if far else square / diagonal[i]) + penalty[i]
-        score[i] = value
-        best = lower(best, value)
-    return best
 
 
 @_jit
@@ -402,58 +237,6 @@ def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> tup
     return smaller, moves
 
 
-@_jit
-def _restart(row: int, close: bool, p: Problem, s: Scratch, o: Options) -> int:
-    """``G`` and the weights of the working set from the float64 inverse of ``H`` on the free columns.
-
-    With ``F`` the fixed columns at their targets ``q``: ``w_U = w₀_U + H_UU⁻¹ H_UF (w₀_F - q_F)``.
-    Returns the size of the working set, or -1 when ``H_UU`` is not positive definite.
-    """
-    size, count = _list_free(close, p, s)
-    hessian = p.hessian[row // o.rows]
-    for i in range(count):
-        s.unit[i] = 1 / np.sqrt(hessian[s.free[i], s.free[i]])
-        s.right[i] = 0
-    for j in range(count):
-        line = hessian[s.free[j]]
-        for i in range(j + 1):
-            s.packed64[at(i, j)] = line[s.free[i]] * s.unit[i] * s.unit[j]
-    if invert_(s.packed64, count, s.panel64, o.narrow_steps, o.flush_width64, o.panel_width64) > 0:
-        return -1
-    for column in range(p.weight.shape[1]):
-        moved = np.float64(p.weight[row, column]) - s.target[column]
-        if s.fixed[column] and moved != 0:
-            line = hessian[column]
-            for i in range(count):
-                s.right[i] += moved * line[s.free[i]] * s.unit[i]
-    for i in range(size):
-        total = 0.0
-        for j in range(count):
-            total -= s.packed64[at(min(i, j), max(i, j))] * s.right[j]
-        s.column[i] = s.free[i]
-        s.weight[i] = p.weight[row, s.free[i]] + total * s.unit[i]
-    for j in range(size):
-        for i in range(j + 1):
-            s.packed[at(i, j)] = -s.packed64[at(i, j)] * s.unit[i] * s.unit[j]
-    _place(row, size, p, s, o)
-    return size
-
-
-@_jit
-def _list_free(close: bool, p: Problem, s: Scratch) -> tuple[int, int]:
-    """Free columns, those of the working set first. Returns how many there are in the working set, and in all."""
-    size, count = 0, 0
-    for kind in range(2):
-        for column in range(p.weight.shape[1]):
-            closed = close and p.group.shape[0] > 0 and s.made[p.group[column]] >= p.quota[p.group[column]]
-            if not s.fixed[column] and closed == (kind == 1):
-                s.free[count] = column
-                count += 1
-        if kind == 0:
-            size = count
-    return size, count
-
-
 def _entry(digest: int) -> Callable[[int, int, Problem, Result, Scratch, Options], None]:
     """Compile the entry; ``digest`` makes the sources of all of it part of the key of numba's cache on disk."""
 
@@ -468,4 +251,4 @@ def _entry(digest: int) -> Callable[[int, int, Problem, Result, Scratch, Options
     return cached(sweep_rows)
 
 
-sweep_rows = _entry(source_digest(__file__, packed.__file__, tile.__file__))
+sweep_rows = _entry(source_digest(__file__))
