@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -15,22 +16,48 @@ def test_there_are_configurations():
     assert CONFIGS
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_configuration(config, monkeypatch, tmp_path, capsys):
+SHORT = {
+    "fit": [],
+    "compress": ["--output=false"],
+    "search": ["--spdy.evaluations=2", "--budgets=[0.1]", "--methods=[uniform,spdy]"],
+}
+
+
+def subcommand(config: Path) -> str:
+    """The subcommand that a configuration is written for."""
+    keys = yaml.safe_load(config.read_text())
+    return "search" if "budgets" in keys else "compress" if "stages" in keys else "fit"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Runs the command line in this process, with its output under ``tmp_path``."""
     from lightning_obc.cli import main
 
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["lightning-obc"])
+    return lambda *args: main([*args, f"--trainer.default_root_dir={tmp_path}"])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_round_trips(config, run, tmp_path, capsys):
     texts, source = [], config
     for _ in range(2):
         with pytest.raises(SystemExit):
-            main(["fit", f"--config={source}", "--print_config"])
+            run(subcommand(config), f"--config={source}", "--print_config")
         texts.append(capsys.readouterr().out)
         source = tmp_path / "printed.yaml"
         source.write_text(texts[-1])
     assert texts[0] == texts[1]
-    assert "class_path: lightning_obc.OBCCallback" in texts[0]
-    cli = main(["fit", f"--config={config}", f"--trainer.default_root_dir={tmp_path}", "--trainer.fast_dev_run=true"])
-    report = cli.trainer.callbacks[0].report
-    assert [stage.stage for stage in report.stages]
-    assert all(layer.compressed for stage in report.stages for layer in stage.layers)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_runs(config, run):
+    name = subcommand(config)
+    cli = run(name, f"--config={config}", "--trainer.fast_dev_run=true", *SHORT[name])
+    if name == "search":
+        assert cli.result.points
+        return
+    callback = cli.result if name == "compress" else cli.trainer.callbacks[0]
+    assert callback.report.stages
+    assert all(layer.compressed for stage in callback.report.stages for layer in stage.layers)

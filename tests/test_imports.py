@@ -80,7 +80,20 @@ ALLOWED: dict[str, set[str]] = {
         "obs",
     },
     "cli": LEAVES
-    | {"planning", "forecast", "callbacks", "pipeline", "allocation", "export", "report", "layers", "calibration"},
+    | {
+        "planning",
+        "forecast",
+        "callbacks",
+        "pipeline",
+        "allocation",
+        "export",
+        "report",
+        "layers",
+        "calibration",
+        "correction",
+        "activations",
+        "obs",
+    },
 }
 HEAVY_OWNERS = {"lightning": {"callbacks", "cli"}, "torchmetrics": {"metrics", "callbacks"}}
 

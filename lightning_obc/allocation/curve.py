@@ -17,7 +17,7 @@ from lightning_obc.allocation.search import Profile
 from lightning_obc.allocation.stitch import stitch, write_recipe
 from lightning_obc.errors import BudgetError, MissingExtraError
 from lightning_obc.obs import LayerSolution
-from lightning_obc.report import markdown, render
+from lightning_obc.report import charts, markdown, render
 
 Method = Literal["uniform", "dp", "spdy"]
 LABELS = {"uniform": "uniform", "dp": "dynamic programme", "spdy": "SPDY"}
@@ -60,6 +60,7 @@ class SearchResult:
         quantizer: Activation ranges, when some level needs them.
         correct: The correction that ran after stitching.
         notes: Budgets that a method could not meet.
+        metric_name: What the metric is called in tables and plots.
     """
 
     cost_name: str
@@ -70,6 +71,7 @@ class SearchResult:
     quantizer: ActivationQuantizer | None = field(default=None, repr=False)
     correct: Callable[[nn.Module], Any] | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
+    metric_name: str = "metric"
 
     def point(self, budget: float, method: Method | None = None) -> CurvePoint:
         """The point of a method at a budget; of the least calibration loss when no method is named.
@@ -93,6 +95,10 @@ class SearchResult:
             self.correct(model)
         return solutions
 
+    @property
+    def _columns(self) -> list[str]:
+        return [self.metric_name if name == "metric" else name for name in COLUMNS]
+
     def rows(self) -> list[list[str]]:
         """Cells of the table."""
         return [
@@ -112,16 +118,16 @@ class SearchResult:
     def title(self) -> str:
         return (
             f"{self.cost_name} as a share of {BASELINE} ({self.dense_cost:.4g} per sample); "
-            f"dense metric {self.dense_metric:.4f}"
+            f"dense {self.metric_name} {self.dense_metric:.4f}"
         )
 
     def table(self) -> str:
         """The curve as text."""
-        return "\n".join([render(self.title, COLUMNS, self.rows()), *self.notes])
+        return "\n".join([render(self.title, self._columns, self.rows()), *self.notes])
 
     def markdown(self) -> str:
         """The curve as a Markdown table."""
-        return "\n".join([markdown(self.title, COLUMNS, self.rows()), *(f"\n{note}" for note in self.notes)])
+        return "\n".join([markdown(self.title, self._columns, self.rows()), *(f"\n{note}" for note in self.notes)])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -129,17 +135,32 @@ class SearchResult:
             "cost": self.cost_name,
             "baseline": BASELINE,
             "dense_cost": self.dense_cost,
+            "metric": self.metric_name,
             "dense_metric": self.dense_metric,
             "points": [dict(vars(point)) for point in self.points],
             "notes": list(self.notes),
         }
 
+    def chart(self) -> dict[str, Any]:
+        """The curve as data for a chart of a report: one series per method, and the dense metric."""
+        points = [
+            {"x": point.budget, "y": point.metric, "label": f"{point.budget:g}", "series": LABELS[point.method]}
+            for point in self.points
+        ]
+        name = f"budget: {self.cost_name}, share of dense"
+        return {"x": name, "y": self.metric_name, "points": points, "dense": self.dense_metric, "log": True}
+
     def plot(self, path: str | Path) -> None:
         """Draw metric against budget; the ending of the file's name chooses the format.
+
+        ``.svg`` is drawn with this package's own charts, everything else by matplotlib.
 
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
+        if Path(path).suffix == ".svg":
+            Path(path).write_text(charts.standalone(charts.scatter(self.chart(), "Trade-off")), encoding="utf-8")
+            return
         try:
             from matplotlib.figure import Figure
         except ImportError:
@@ -155,7 +176,7 @@ class SearchResult:
         axes.axhline(self.dense_metric, color="gray", linestyle=":", label="dense")
         axes.set_xscale("log")
         axes.set_xlabel(f"budget: {self.cost_name} as a share of {BASELINE}")
-        axes.set_ylabel("metric")
+        axes.set_ylabel(self.metric_name)
         axes.legend()
         figure.savefig(Path(path), dpi=150)
 

@@ -74,6 +74,7 @@ def search(
     spdy: SPDY | None = None,
     buckets: int = 10_000,
     progress: Progress | bool = False,
+    metric_name: str = "metric",
 ) -> SearchResult:
     """Find the best level for every layer under each budget, and measure the models that come out.
 
@@ -104,6 +105,7 @@ def search(
         spdy: Extent of SPDY's search.
         buckets: Resolution of the dynamic programme.
         progress: True shows a bar; a callable gets ``(description, completed, total)``.
+        metric_name: What the metric is called in tables and plots.
 
     Returns:
         The trade-off curve.
@@ -148,7 +150,9 @@ def search(
                 CurvePoint(budget / dense_cost, method, share, float(metric(model)), value, profile, evaluations)
             )
     cost_name = "seconds" if isinstance(cost, LatencyTable) else cost
-    return SearchResult(cost_name, dense_cost, dense_metric, points, database, setting.quantizer, correct, notes)
+    return SearchResult(
+        cost_name, dense_cost, dense_metric, points, database, setting.quantizer, correct, notes, metric_name
+    )
 
 
 class _Cleanup:

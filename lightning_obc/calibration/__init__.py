@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device
+from lightning_obc.calibration.batches import batch_size_of, call_forward, inputs_of, to_device
 from lightning_obc.calibration.collect import collect_hessians
 from lightning_obc.calibration.collector import Collector
 from lightning_obc.calibration.dense import DenseWeights
@@ -26,6 +26,7 @@ __all__ = [
     "collect_hessians",
     "collect_paired",
     "eager_forward",
+    "inputs_of",
     "on_host",
     "preserved_rng",
     "statistic_bytes",

@@ -89,10 +89,9 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
     step = getattr(model, "calibration_step", None)
     if callable(step):
         return step(batch)
-    if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
-        batch = batch[0]
+    inputs = inputs_of(model, batch)
     try:
-        return model(**_accepted(model, batch)) if isinstance(batch, Mapping) else model(batch)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     except OBCError:
         raise  # Of a hook: it says already what is wrong, and where.
     except (TypeError, NotImplementedError) as error:
@@ -102,6 +101,13 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
             expected="a forward that takes the first element of a batch, or the entries of a mapping by name",
             remedy="give the model a calibration_step(batch), or pass forward=",
         ) from error
+
+
+def inputs_of(model: nn.Module, batch: Any) -> Any:
+    """What the forward of a model takes of a batch: one positional argument, or a mapping of keyword arguments."""
+    if isinstance(batch, (list, tuple)) and batch and not isinstance(batch, PackedSequence):
+        batch = batch[0]
+    return _accepted(model, batch) if isinstance(batch, Mapping) else batch
 
 
 def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
@@ -127,7 +127,7 @@ def _aside(trainer: Any, loop: _EvaluationLoop) -> Iterator[None]:
     clock = getattr(trainer, "_last_val_time", None)
     try:
         trainer._logger_connector = _LoggerConnector(trainer)
-        trainer.callbacks, trainer.loggers = [], []
+        trainer.callbacks, trainer.loggers = _silent_bars(trainer), []
         trainer.state.stage = RunningStage.VALIDATING
         with preserved_rng(), torch.no_grad():
             yield
@@ -154,6 +154,12 @@ def on_device(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.lightning_module.cpu()
+
+
+def _silent_bars(trainer: Trainer) -> list[Callback]:
+    """A running Rich display draws from a thread of its own, and insists on a Rich bar among the callbacks."""
+    running = any(isinstance(callback, RichProgressBar) for callback in callbacks(trainer))
+    return [RichProgressBar(refresh_rate=0)] if running else []
 
 
 def rich_progress(bar: ProgressBar) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -34,6 +34,8 @@ class Axis:
         """A few round values within the range."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            if last - first < 1:
+                return _within_decades(self.low, self.high)
             stride = max(1, math.ceil((last - first) / 4))
             return [10.0**power for power in range(first, last + 1, stride)]
         span = self.high - self.low or 1.0
@@ -41,6 +43,14 @@ class Axis:
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
         first = math.ceil(self.low / step - 1e-9)
         return [step * index for index in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def _within_decades(low: float, high: float) -> list[float]:
+    """Round values of a logarithmic range that holds fewer than two powers of ten, four at most."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    found = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    inside = [value for value in found if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
+    return inside[:: max(1, math.ceil(len(inside) / 4))] or [low]
 
 
 def number(value: float) -> str:
@@ -102,22 +112,83 @@ def curve(points: Sequence[Sequence[float]], name_x: str, name_y: str, label: st
 
 
 def scatter(data: Mapping[str, Any], label: str) -> str:
-    """Labelled points of a trade-off, joined in the order of their horizontal position."""
+    """Labelled points of a trade-off, joined in the order of their horizontal position, one line per series.
+
+    Args:
+        data: Names ``x`` and ``y``, ``points`` with ``x``, ``y``, and optionally ``label`` and ``series``; optionally
+            ``dense``, a height to compare with, and ``log`` for a logarithmic horizontal axis.
+        label: What the chart is called for those who cannot see it.
+    """
     points = sorted(data.get("points", ()), key=lambda point: point["x"])
     if not points:
         return ""
-    x, y = axes([p["x"] for p in points], [p["y"] for p in points])
+    log = bool(data.get("log")) and points[0]["x"] > 0
+    heights = [p["y"] for p in points] + ([data["dense"]] if data.get("dense") is not None else [])
+    x, y = axes([p["x"] for p in points], heights)
+    x = replace(x, log=log, **(_decades(x.low, x.high) if log else {}))
+    series = list(dict.fromkeys(str(p.get("series", "")) for p in points))
+    body = "".join(
+        _series([p for p in points if str(p.get("series", "")) == name], x, y, number, len(series) > 1)
+        for number, name in enumerate(series)
+    )
+    if data.get("dense") is not None:
+        level = y(data["dense"])
+        body += (
+            f'<line class="level" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{level:.1f}" y2="{level:.1f}" '
+            f'stroke-dasharray="3 3"><title>dense: {number(data["dense"])}</title></line>'
+        )
+    if len(series) > 1:
+        body += _legend(series)
+    return _frame(x, y, str(data.get("x", "")), str(data.get("y", "")), body, label)
+
+
+def _decades(low: float, high: float) -> dict[str, float]:
+    """A logarithmic range widened until it holds at least two ticks."""
+    return {"low": low, "high": max(high, 1.05 * low)}
+
+
+def _series(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, index: int, several: bool) -> str:
     path = " ".join(f"{'M' if i == 0 else 'L'}{x(p['x']):.1f} {y(p['y']):.1f}" for i, p in enumerate(points))
-    body = f'<path class="line faint" d="{path}"/>'
+    colour = f" series{index % 3}" if several else ""
+    body = f'<path class="line{colour}{"" if several else " faint"}" d="{path}"/>'
     for point in points:
         left, top = x(point["x"]), y(point["y"])
         anchor = "end" if left > WIDTH * 0.7 else "start"
-        text = escape(str(point.get("label", "")))
+        text = escape(" ".join(part for part in (str(point.get("series", "")), str(point.get("label", ""))) if part))
         title = f"{text} {number(point['x'])}, {number(point['y'])}"
-        body += f'<circle class="dot" cx="{left:.1f}" cy="{top:.1f}" r="3.5"><title>{title}</title></circle>'
-        shift = -6 if anchor == "end" else 6
-        body += f'<text class="tick" x="{left + shift:.1f}" y="{top - 5:.1f}" text-anchor="{anchor}">{text}</text>'
-    return _frame(x, y, str(data.get("x", "")), str(data.get("y", "")), body, label)
+        body += f'<circle class="dot{colour}" cx="{left:.1f}" cy="{top:.1f}" r="3.5"><title>{title}</title></circle>'
+        if not several:
+            shift = -6 if anchor == "end" else 6
+            body += f'<text class="tick" x="{left + shift:.1f}" y="{top - 5:.1f}" text-anchor="{anchor}">{text}</text>'
+    return body
+
+
+def _legend(names: Sequence[str]) -> str:
+    """Names of the series from the lower right corner upwards, where trade-offs have no points."""
+    rows = []
+    for index, name in enumerate(names):
+        top = HEIGHT - _BOTTOM - 8 - 13 * (len(names) - 1 - index)
+        rows.append(
+            f'<circle class="dot series{index % 3}" cx="{WIDTH - _RIGHT - 6:g}" cy="{top - 3.5:g}" r="3.5"/>'
+            f'<text class="tick" x="{WIDTH - _RIGHT - 14:g}" y="{top:g}" text-anchor="end">{escape(name)}</text>'
+        )
+    return "".join(rows)
+
+
+_ALONE = """
+svg { background: #fff; font-family: system-ui, sans-serif }
+text { fill: #333; font-size: 10px } .grid { stroke: #ddd } .level { stroke: #888 }
+.line { fill: none; stroke-width: 1.6; stroke: #2563eb } .dot { fill: #2563eb }
+.line.series1 { stroke: #d97706 } .dot.series1 { fill: #d97706 }
+.line.series2 { stroke: #059669 } .dot.series2 { fill: #059669 }
+"""
+
+
+def standalone(svg: str) -> str:
+    """A chart as a file of its own, with colours that do not come from a page."""
+    start = svg.index(">") + 1
+    opening = svg[:start].replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" width="{2 * WIDTH:g}" ', 1)
+    return f"{opening}<style>{_ALONE}</style>{svg[start:]}\n"
 
 
 def histogram(data: Mapping[str, Any], label: str) -> str:

@@ -1,0 +1,70 @@
+"""LightningCLI with this package's subcommands, and with errors that say what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from lightning_obc.cli.trainer import OBCTrainer
+
+_DATA = {"model", "dataloaders", "datamodule"}
+
+
+class OBCCLI(LightningCLI):
+    """LightningCLI with the subcommands ``compress``, ``search`` and ``export``.
+
+    Attributes:
+        result: What the subcommand returned.
+    """
+
+    result: Any = None
+
+    @classmethod
+    def start(cls, args: ArgsType = None) -> OBCCLI:
+        """Parse the command line, run the subcommand, and return the parts."""
+        return cls(
+            trainer_class=OBCTrainer,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={
+                "description": "Optimal Brain Compression. Besides the subcommands below, which need a model and data: "
+                "'lightning-obc report' draws and compares the reports of runs, 'lightning-obc benchmark' times "
+                "exported models.",
+            },
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The subcommands, with the arguments that do not come from the command line."""
+        return {**LightningCLI.subcommands(), "compress": _DATA, "search": _DATA, "export": _DATA}
+
+    def instantiate_classes(self) -> None:
+        """Make the configured objects; what a specification refuses is said without the parser's own layers."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reasons = _reasons(error)
+            if not reasons:
+                raise
+            raise SystemExit("error: " + "\n       ".join(reasons)) from None
+
+    @property
+    def _trainer(self) -> OBCTrainer:
+        assert isinstance(self.trainer, OBCTrainer)
+        return self.trainer
+
+    def compress(self, **kwargs: Any) -> None:
+        self.result = self._trainer.compress(**kwargs)
+
+    def search(self, **kwargs: Any) -> None:
+        self.result = self._trainer.search(**kwargs)
+
+    def export(self, **kwargs: Any) -> None:
+        self.result = self._trainer.export(**kwargs)
+
+
+def _reasons(error: ValueError) -> list[str]:
+    """The messages of this package's errors inside one that the parser has re-worded, each once."""
+    lines = (line.strip().removeprefix("- ") for line in str(error).splitlines())
+    return list(dict.fromkeys(line for line in lines if ". Got: " in line))

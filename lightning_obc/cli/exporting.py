@@ -1,0 +1,183 @@
+"""Export of a compressed checkpoint, inside a validation run that has loaded it and scored it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_obc.activations import ActivationQuantizer
+from lightning_obc.calibration import calibration_batches, inputs_of
+from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.held import HeldWeights
+from lightning_obc.callbacks.state import PREFIX
+from lightning_obc.errors import ExportError, FingerprintError
+from lightning_obc.export import CompressedWeight, export_onnx, named_layers, save_compressed_tensors, save_packed
+from lightning_obc.files import check_target
+from lightning_obc.layers import adapter_for
+from lightning_obc.specs import Calibration
+
+Format = Literal["onnx", "packed", "compressed-tensors"]
+ACTIVATIONS = "activations"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: The file, or the folder of compressed-tensors.
+        size: Bytes of it.
+        layers: Names of the compressed layers.
+        notes: What stayed as it was although its layer was compressed, and warnings.
+    """
+
+    path: Path
+    size: int
+    layers: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of ``lightning-obc export``; see :meth:`OBCTrainer.export`."""
+
+    path: Path
+    format: Format = "onnx"
+    integer: bool = False
+    activation_bits: int = 8
+    calibration: Calibration = field(default_factory=Calibration)
+    dynamic_batch: bool = True
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Refuse a target that exists before anything runs."""
+        if self.format != "compressed-tensors":
+            check_target(self.path, self.overwrite)
+        elif not self.path.parent.is_dir() or (self.path.exists() and not self.path.is_dir()):
+            raise ExportError(
+                "The folder cannot be made", got=str(self.path), expected="a folder, or a name in an existing one"
+            )
+        if self.integer and self.format != "onnx":
+            raise ExportError(
+                "Only ONNX files compute with integers", got=f"integer with format {self.format}", expected="onnx"
+            )
+
+
+class ExportRun(Callback):
+    """Writes the artifact at the end of validation."""
+
+    def __init__(self, options: ExportOptions) -> None:
+        self.options = options
+        self.result: Exported | None = None
+        self._states: list[Mapping[str, Any]] = []
+        self._quantizer: ActivationQuantizer | None = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks") or {}
+        self._states = [state for key, state in states.items() if key.startswith(PREFIX)]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The figures are those of the model as it was searched, its activations quantized.
+        self._quantizer = activation_quantizer(pl_module, self._states)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._quantizer is not None:
+            self._quantizer.disable()
+        with torch.inference_mode(False), torch.no_grad():
+            weights = compressed_weights(pl_module, self._states)
+            self.result = self._write(trainer, pl_module, weights)
+
+    def _write(self, trainer: Trainer, module: LightningModule, weights: Mapping[str, CompressedWeight]) -> Exported:
+        options, layers = self.options, tuple(weights)
+        if options.format == "onnx":
+            notes = self._onnx(trainer, module, weights)
+        elif options.format == "packed":
+            notes = _lines(save_packed(module, weights, options.path, overwrite=options.overwrite).notes)
+        else:
+            options.path.mkdir(exist_ok=True)
+            notes = _lines(save_compressed_tensors(module, weights, options.path, overwrite=options.overwrite))
+        files = list(options.path.iterdir()) if options.path.is_dir() else [options.path]
+        return Exported(options.path, sum(file.stat().st_size for file in files), layers, notes)
+
+    def _onnx(
+        self, trainer: Trainer, module: LightningModule, weights: Mapping[str, CompressedWeight]
+    ) -> tuple[str, ...]:
+        options = self.options
+        batches = calibration_batches(compat.calibration_source(trainer), options.calibration)
+        samples = (_arguments(module, compat.to_device(trainer, batch)) for batch in batches)
+        sample = next(samples)
+        grids = {} if self._quantizer is None else self._quantizer.grids
+        notes: tuple[str, ...] = ()
+        if not options.integer and grids and (left := set(grids) - _quantized(weights)):
+            grids = {name: grid for name, grid in grids.items() if name not in left}
+            notes = tuple(f"{name}: activations stay in floating point, as its weight does" for name in sorted(left))
+        done = export_onnx(
+            module,
+            sample,
+            options.path,
+            solutions=weights,
+            activations=grids or None,
+            calibration=[sample, *samples] if options.integer else None,
+            activation_bits=options.activation_bits,
+            dynamic_batch=options.dynamic_batch,
+            overwrite=options.overwrite,
+        )
+        return (*notes, *done.notes)
+
+
+def _lines(notes: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{name}: {reason}" for name, reason in notes.items())
+
+
+def _quantized(weights: Mapping[str, CompressedWeight]) -> set[str]:
+    return {name for name, weight in weights.items() if weight.codes is not None}
+
+
+def _arguments(module: nn.Module, batch: Any) -> Any:
+    """What the model's forward takes of a batch, in the form of an export's sample."""
+    inputs = inputs_of(module, batch)
+    return inputs if isinstance(inputs, (torch.Tensor, Mapping)) else (inputs,)
+
+
+def compressed_weights(module: nn.Module, states: list[Mapping[str, Any]]) -> dict[str, CompressedWeight]:
+    """Masks, codes and grids of a checkpoint's compression, from its callbacks' states and the loaded weights.
+
+    Args:
+        module: The model with the checkpoint's weights.
+        states: States of :class:`~lightning_obc.OBCCallback` in the checkpoint.
+
+    Raises:
+        FingerprintError: The states belong to another model. ExportError: A weight is off its grid.
+    """
+    found: dict[str, CompressedWeight] = {}
+    modules = named_layers(module)
+    for state in states:
+        held = HeldWeights()
+        held.load_state_dict(state["layers"])
+        for name, layer in held.layers.items():
+            adapter = adapter_for(modules[name]) if name in modules else None
+            if adapter is None:
+                raise FingerprintError(
+                    "The checkpoint's compression belongs to another model",
+                    got=f"a compressed layer {name!r}",
+                    expected=f"one of {list(modules)[1:12]}",
+                )
+            matrix = adapter.weight_matrix(modules[name]).cpu()
+            found[name] = CompressedWeight.from_weight(matrix, layer.mask, layer.grid)
+    return found
+
+
+def activation_quantizer(module: nn.Module, states: list[Mapping[str, Any]]) -> ActivationQuantizer | None:
+    """The quantized activations that a search has left in a checkpoint, switched on; None without any."""
+    for state in states:
+        if saved := state.get(ACTIVATIONS):
+            quantizer = ActivationQuantizer(module, list(saved["bits"]))
+            quantizer.load_state_dict(saved | {"enabled": True})
+            return quantizer
+    return None

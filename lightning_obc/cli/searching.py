@@ -1,0 +1,253 @@
+"""The search for non-uniform levels under a budget, inside a validation run of a trained model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_obc.allocation import SPDY, LatencyTable, Level, Recipe, SearchResult, product, unstructured_ladder
+from lightning_obc.allocation.curve import CurvePoint, Method
+from lightning_obc.allocation.latency import measure_latency
+from lightning_obc.allocation.search import check_budgets
+from lightning_obc.allocation.summary import loss_curves, point_report
+from lightning_obc.allocation.tradeoff import METHODS, default_levels, search
+from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.display import Display
+from lightning_obc.callbacks.held import HeldLayer
+from lightning_obc.callbacks.passes import collector, references
+from lightning_obc.callbacks.state import PREFIX, RunState
+from lightning_obc.callbacks.timetable import Timetable
+from lightning_obc.cli.exporting import ACTIVATIONS
+from lightning_obc.correction import run_correction
+from lightning_obc.correction_spec import Correct
+from lightning_obc.errors import ExportError, SpecError
+from lightning_obc.export import layer_runner
+from lightning_obc.layers import is_lookup, select_layers
+from lightning_obc.layers.parts import LayerPart
+from lightning_obc.obs import LayerSolution
+from lightning_obc.report import report_record, save_report
+from lightning_obc.specs import Calibration
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Levels that a layer may take: every pattern with every pair of bit widths, and a ladder of densities.
+
+    Args:
+        patterns: Patterns as in ``Prune``, such as ``"2:4"`` or ``0.5``; null keeps all weights.
+        bits: Pairs of bit widths of weights and activations; null leaves that side floating point.
+        ladder: Smallest density of an unstructured ladder 1, 0.9, 0.81, …; null for none.
+    """
+
+    patterns: list[Union[str, int, float, None]] = field(default_factory=lambda: [None])
+    bits: list[tuple[Optional[int], Optional[int]]] = field(default_factory=lambda: [(None, None)])
+    ladder: Optional[float] = None
+
+    def __post_init__(self) -> None:
+        self.make()
+
+    def make(self) -> list[Level]:
+        """The levels."""
+        ladder = [] if self.ladder is None else unstructured_ladder(self.ladder)
+        return [*product(self.patterns, self.bits), *ladder]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """The options of ``lightning-obc search``; see :meth:`OBCTrainer.search`."""
+
+    budgets: Sequence[float]
+    cost: str = "bops"
+    levels: Optional[Levels] = None
+    metric: Optional[str] = None
+    mode: Literal["max", "min"] = "max"
+    methods: Sequence[Method] = METHODS
+    scores: Literal["error", "sensitivity", "loss"] = "sensitivity"
+    correct: Optional[Correct] = None
+    calibration: Calibration = field(default_factory=Calibration)
+    spdy: Optional[SPDY] = None
+    solve: Recipe = field(default_factory=Recipe)
+    layers: Optional[Sequence[str]] = None
+    exclude: Optional[Sequence[str]] = None
+    edges_at_8: bool = False
+    mask_cost: bool = False
+    threads: int = 1
+    database: Optional[str] = None
+    output: Optional[str] = None
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything runs."""
+        check_budgets(self.budgets, 0.0, dense=1.0)
+        if self.cost not in ("flops", "bops", "bytes", "seconds"):
+            LatencyTable.load(self.cost)
+
+
+class SearchRun(Callback):
+    """Searches at the end of validation, and writes curve, recipes, checkpoints and reports."""
+
+    def __init__(self, options: SearchOptions) -> None:
+        self.options = options
+        self.result: SearchResult | None = None
+        self.directory: Path | None = None
+        self._state: dict[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        return PREFIX + hashlib.sha256(repr(self.options).encode()).hexdigest()[:12]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The compression that the saved weights carry, as an ``OBCCallback`` would keep it, with activation ranges."""
+        return self._state
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
+            self.result = self._search(trainer, pl_module, display)
+        pl_module.print(f"\n{self.result.table()}")
+        with torch.inference_mode(False), torch.no_grad():
+            self.directory = self._folder(trainer)
+            self._write(trainer, pl_module, self.result, self.directory)
+        pl_module.print(f"curve, recipes, checkpoints and reports: {self.directory}")
+
+    def _search(self, trainer: Trainer, module: LightningModule, display: Display) -> SearchResult:
+        options = self.options
+        collect = collector(trainer, module, options.calibration, display)
+        name = _metric_name(compat.evaluate(trainer), options.metric)
+        sign = 1.0 if options.mode == "max" else -1.0
+
+        def metric(model: nn.Module) -> float:
+            return sign * compat.evaluate(trainer)[name]
+
+        correct: Callable[[nn.Module], Any] | None = None
+        if (stage := options.correct) is not None:
+            (dense,) = references(collect, [stage])
+
+            def correct(model: nn.Module) -> Any:
+                return run_correction(model, stage, collect.batches, dense, forward=collect.forward)
+
+        levels = None if options.levels is None else options.levels.make()
+        cost = self._cost(module, collect.batches, collect.forward, levels)
+        return search(
+            module,
+            collect.batches,
+            options.budgets,
+            metric,
+            cost=cost,
+            levels=levels,
+            methods=options.methods,
+            scores=options.scores,
+            correct=correct,
+            directory=options.database,
+            layers=options.layers,
+            exclude=options.exclude,
+            calibration=options.calibration,
+            forward=collect.forward,
+            recipe=options.solve,
+            edges_at_8=options.edges_at_8,
+            mask_cost=options.mask_cost,
+            spdy=options.spdy,
+            progress=display.update,
+            metric_name=name if sign > 0 else f"-{name}",
+        )
+
+    def _cost(self, module: LightningModule, batches: Any, forward: Any, levels: list[Level] | None) -> Any:
+        """The cost's name, or seconds per layer: measured through ONNX Runtime, or read from a file."""
+        options = self.options
+        if options.cost in ("flops", "bops", "bytes"):
+            return options.cost
+        if options.cost != "seconds":
+            return LatencyTable.load(options.cost)
+        wanted = levels if levels is not None else default_levels(LatencyTable({}))
+        # Generic kernels do not profit from zeros: levels are timed without theirs.
+        timed = list(dict.fromkeys(Level(None, level.grid, level.activations) for level in [Level(), *wanted]))
+        layers = {
+            name: layer
+            for name, layer in select_layers(module, options.layers, options.exclude).items()
+            if not (isinstance(layer, LayerPart) or is_lookup(layer))
+        }
+        batch = next(iter(batches))
+        return measure_latency(
+            module, layers, batch, levels=timed, runner=layer_runner(threads=options.threads), forward=forward
+        )
+
+    def _folder(self, trainer: Trainer) -> Path:
+        """A new folder, or the one that was asked for."""
+        if self.options.output is not None:
+            folder = Path(self.options.output)
+        else:
+            folder = Path(trainer.log_dir or trainer.default_root_dir) / "search"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(
+                "The folder cannot be made", got=f"{folder}: {error.strerror}", expected="a writable folder"
+            ) from error
+        return folder
+
+    def _write(self, trainer: Trainer, module: LightningModule, result: SearchResult, folder: Path) -> None:
+        result.write(folder)
+        result.plot(folder / "curve.svg")
+        dense = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        try:
+            for budget in dict.fromkeys(point.budget for point in result.points):
+                point = result.point(budget)
+                solutions = result.apply_(module, point)
+                self._state = self._saved(result, point, solutions)
+                trainer.save_checkpoint(folder / f"compressed-{budget:g}.ckpt", weights_only=False)
+                record = report_record(
+                    point_report(result, module, point, solutions),
+                    title=f"{result.cost_name} within {budget:g} of the dense model",
+                    dense=dense,
+                    curves=loss_curves(result.database),
+                    trade_off=result.chart(),
+                    reproduce=f"recipe: {folder / f'{point.method}-{budget:g}.yaml'}",
+                )
+                formats = ["html", "md", "json"] if find_spec("jinja2") else ["md", "json"]
+                save_report(record, folder / f"compressed-{budget:g}.report", formats=formats, overwrite=True)
+                _restore(module, dense)
+        finally:
+            if result.quantizer is not None:
+                result.quantizer.disable()
+            _restore(module, dense)
+
+    def _saved(self, result: SearchResult, point: CurvePoint, solutions: dict[str, LayerSolution]) -> dict[str, Any]:
+        state = RunState(Timetable([]))
+        for name, solution in solutions.items():
+            level = result.database.level(name, point.profile.get(name, Level().name))
+            if level.weights != Level():
+                mask = None if level.pattern is None else solution.mask.detach().cpu()
+                state.held.layers[name] = HeldLayer(mask, solution.grid, None, level.pattern)
+        quantized = result.quantizer is not None and any(result.quantizer.bits.values())
+        ranges = result.quantizer.state_dict() if quantized and result.quantizer is not None else None
+        profile = dict(point.profile)
+        return state.state_dict() | {ACTIVATIONS: ranges, "profile": profile, "budget": point.budget}
+
+
+def _restore(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    for key, value in module.state_dict().items():
+        value.copy_(state[key])
+
+
+def _metric_name(figures: dict[str, float], wanted: str | None) -> str:
+    """The validation figure to judge by: the one named, or the only one.
+
+    Raises:
+        SpecError: There is no such figure, or several and none is named.
+    """
+    if wanted in figures:
+        return str(wanted)
+    if wanted is None and len(figures) == 1:
+        return next(iter(figures))
+    raise SpecError(
+        "The search needs one validation figure to judge by",
+        got=repr(wanted) if wanted is not None else "no name",
+        expected=f"one of {list(figures)}" if figures else "figures that validation_step logs",
+        remedy="name it with metric, and say with mode whether large or small is good",
+    )

@@ -1,0 +1,267 @@
+"""The Trainer of the command line: everything that LightningCLI can call as a subcommand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Optional, Union
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lightning_obc.allocation import SPDY, Recipe, SearchResult
+from lightning_obc.allocation.curve import Method
+from lightning_obc.callbacks import OBCCallback
+from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format
+from lightning_obc.cli.searching import Levels, SearchOptions, SearchRun
+from lightning_obc.correction_spec import Correct
+from lightning_obc.errors import ScheduleError
+from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+
+
+class OBCTrainer(Trainer):
+    """A Trainer that can also compress a model without training it."""
+
+    def compress(
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[str] = None,
+        stages: Optional[list[Union[Prune, Quantize, Stage]]] = None,
+        calibration: Optional[Calibration] = None,
+        on_failure: Optional[Literal["keep", "raise"]] = None,
+        output: Union[bool, str] = True,
+        weights_only: Optional[bool] = None,
+    ) -> OBCCallback:
+        """Compress a trained model in one validation run, and compare it with the dense one.
+
+        Args:
+            model: The model; its weights come from ``ckpt_path`` when that is given.
+            dataloaders: Validation data, when there is no datamodule.
+            datamodule: Validation and calibration data.
+            ckpt_path: Checkpoint with the trained weights.
+            stages: What to do, in order; ``at`` is ignored. By default the stages of the ``OBCCallback`` among the
+                Trainer's callbacks, so that the configuration of a training run serves here too.
+            calibration: How much data to calibrate on; by default that of the ``OBCCallback`` when the stages are its
+                own, else ``Calibration()``.
+            on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so (the default);
+                ``"raise"`` stops at it.
+            output: Where the compressed checkpoint goes: true for ``compressed.ckpt`` among the logs, a path, or false.
+            weights_only: Passed on to ``Trainer.validate``.
+
+        Returns:
+            The callback that did the work; its ``report`` holds the figures.
+
+        Raises:
+            ScheduleError: There are no stages, neither here nor in a callback.
+        """
+        callback = _validating(self._own_callbacks, stages, calibration, on_failure, output)
+        with self._instead_of_own(callback):
+            self.validate(
+                model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
+            )
+        return callback
+
+    def search(
+        self,
+        model: LightningModule,
+        dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[str] = None,
+        budgets: Sequence[float] = (0.5, 0.25, 0.125),
+        cost: str = "bops",
+        levels: Optional[Levels] = None,
+        metric: Optional[str] = None,
+        mode: Literal["max", "min"] = "max",
+        methods: list[Method] = ["uniform", "dp", "spdy"],  # noqa: B006 (a list, so that YAML can write it; only read)
+        scores: Literal["error", "sensitivity", "loss"] = "sensitivity",
+        correct: Optional[Correct] = None,
+        calibration: Optional[Calibration] = None,
+        spdy: Optional[SPDY] = None,
+        solve: Optional[Recipe] = None,
+        layers: Optional[list[str]] = None,
+        exclude: Optional[list[str]] = None,
+        edges_at_8: bool = False,
+        mask_cost: bool = False,
+        threads: int = 1,
+        database: Optional[str] = None,
+        output: Optional[str] = None,
+        train: bool = False,
+        weights_only: Optional[bool] = None,
+    ) -> SearchResult:
+        """Search the best level of every layer under budgets, and write curve, recipes, checkpoints and reports.
+
+        Args:
+            model: The model; its weights come from ``ckpt_path`` when that is given. Dense again afterwards.
+            dataloaders: Validation data, when there is no datamodule.
+            datamodule: Validation and calibration data.
+            ckpt_path: Checkpoint with the trained weights.
+            budgets: Shares of the dense model's cost, in (0, 1].
+            cost: ``flops``, ``bops``, ``bytes``; ``seconds``, measured for each layer in ONNX Runtime on this machine;
+                or the JSON file of a latency table.
+            levels: Levels to choose from; by default some that suit the cost.
+            metric: Name of the validation figure to judge by; may be left out when the model logs only one.
+            mode: Whether large (``max``) or small (``min``) figures are good. With ``min`` tables show the negative.
+            methods: ``uniform`` (one level for all layers), ``dp`` (dynamic programme), ``spdy``.
+            scores: What the dynamic programme adds up: relative layer errors, the same scaled by sensitivity, or the
+                increase of the calibration loss by every single level.
+            correct: A correction after every stitching; its ``at`` is ignored.
+            calibration: How much data to calibrate on.
+            spdy: Extent of SPDY's search.
+            solve: How levels are solved.
+            layers: Names, globs or type names; by default every supported layer.
+            exclude: Names, globs or type names that stay dense.
+            edges_at_8: The first and the last layer take no level below 8 bits.
+            mask_cost: BOPs count one bit operation for each masked weight.
+            threads: Threads of ONNX Runtime where time is measured.
+            database: Folder of the database of levels, to be gone on with; by default it is not kept.
+            output: Folder for what is written; by default ``search`` among the logs.
+            train: Train the model first; not when there is a ``ckpt_path``.
+            weights_only: Passed on to ``Trainer.validate``.
+
+        Returns:
+            The trade-off curve.
+
+        Raises:
+            BudgetError, SpecError: Budgets, costs or figures that cannot be used.
+        """
+        options = SearchOptions(
+            budgets=list(budgets),
+            cost=cost,
+            levels=levels,
+            metric=metric,
+            mode=mode,
+            methods=methods,
+            scores=scores,
+            correct=correct,
+            calibration=calibration or Calibration(),
+            spdy=spdy,
+            solve=solve or Recipe(),
+            layers=layers,
+            exclude=exclude,
+            edges_at_8=edges_at_8,
+            mask_cost=mask_cost,
+            threads=threads,
+            database=database,
+            output=output,
+        )
+        options.check()
+        run = SearchRun(options)
+        if train and ckpt_path is None:
+            with self._instead_of_own():
+                self.fit(model, datamodule=datamodule)
+        self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
+        assert run.result is not None
+        return run.result
+
+    def export(
+        self,
+        model: LightningModule,
+        path: str,
+        dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[str] = None,
+        format: Format = "onnx",
+        integer: bool = False,
+        activation_bits: int = 8,
+        calibration: Optional[Calibration] = None,
+        dynamic_batch: bool = True,
+        overwrite: bool = False,
+        weights_only: Optional[bool] = None,
+    ) -> Exported:
+        """Write a compressed checkpoint as a file that other tools run, after validating it.
+
+        Masks, codes and scales are those of the run that wrote the checkpoint. A checkpoint that was never compressed
+        becomes a floating-point file.
+
+        Args:
+            model: The model; its weights come from ``ckpt_path`` when that is given.
+            path: The file; for ``compressed-tensors`` a folder, made if need be.
+            dataloaders: Validation data, when there is no datamodule.
+            datamodule: Validation and calibration data; calibration batches give ONNX its example input.
+            ckpt_path: The compressed checkpoint.
+            format: ``onnx``, ``packed`` (safetensors with masks and codes at their own bit width), or
+                ``compressed-tensors`` (quantized linear layers in the layout of that package).
+            integer: ONNX: quantize every tensor between quantized layers, by ranges on the calibration data, so that
+                integer kernels run. Otherwise only inputs whose ranges the checkpoint of a search holds.
+            activation_bits: ONNX: 8, or 7 for CPUs without VNNI.
+            calibration: How much data to measure ranges on.
+            dynamic_batch: ONNX: leave the batch dimension open.
+            overwrite: Replace existing files.
+            weights_only: Passed on to ``Trainer.validate``.
+
+        Returns:
+            What was written.
+
+        Raises:
+            ExportError: The file exists, or the model cannot be exported. FingerprintError: The checkpoint's
+                compression belongs to another model. MissingExtraError: ONNX without the extra ``onnx``.
+        """
+        options = ExportOptions(
+            Path(path), format, integer, activation_bits, calibration or Calibration(), dynamic_batch, overwrite
+        )
+        options.check()
+        run = ExportRun(options)
+        self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
+        assert run.result is not None
+        notes = [f"  {note}" for note in run.result.notes]
+        size = f"{run.result.size / 2**20:.3f} MiB, {len(run.result.layers)} compressed layers"
+        print("\n".join([f"{run.result.path}: {size}", *notes]))
+        return run.result
+
+    @property
+    def _own_callbacks(self) -> list[OBCCallback]:
+        return [callback for callback in vars(self)["callbacks"] if isinstance(callback, OBCCallback)]
+
+    @contextmanager
+    def _instead_of_own(self, *callbacks: Callback) -> Iterator[None]:
+        """Other callbacks in the place of the configuration's own OBCCallback."""
+        saved, own = vars(self)["callbacks"], self._own_callbacks
+        self.callbacks = [callback for callback in saved if callback not in own] + list(callbacks)
+        try:
+            yield
+        finally:
+            self.callbacks = saved
+
+    def _validate_with(
+        self,
+        callback: Callback,
+        model: LightningModule,
+        dataloaders: Any,
+        datamodule: Optional[LightningDataModule],
+        ckpt_path: Optional[str],
+        weights_only: Optional[bool],
+    ) -> None:
+        with self._instead_of_own(callback):
+            self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
+
+
+def _validating(
+    present: Sequence[OBCCallback],
+    stages: Optional[Sequence[Stage]],
+    calibration: Optional[Calibration],
+    on_failure: Optional[Literal["keep", "raise"]],
+    output: Union[bool, str],
+) -> OBCCallback:
+    """A callback that runs the given stages, or those of the Trainer's own callback, during validation."""
+    if stages is None and len(present) == 1:
+        stages = present[0].stages
+        calibration, on_failure = calibration or present[0].calibration, on_failure or present[0].on_failure
+    if not stages:
+        raise ScheduleError(
+            "There is nothing to compress with",
+            got=f"no stages, {len(present)} OBCCallbacks",
+            expected="stages, or one OBCCallback in trainer.callbacks",
+            remedy="write compress.stages in the configuration",
+        )
+    stages = [_at_validate(stage) for stage in stages]
+    return OBCCallback(stages, calibration or Calibration(), on_failure or "keep", save_checkpoint=output)
+
+
+def _at_validate(stage: Any) -> Stage:
+    changes: dict[str, Any] = {"at": "validate"}
+    if isinstance(stage, Prune):
+        changes["schedule"] = None
+    return replace(stage, **changes)

@@ -1,0 +1,160 @@
+"""One layer at one level in ONNX Runtime, to be timed: floating point, or integers from its input to its output."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_obc.errors import ExportError
+from lightning_obc.export.onnx_export import export_onnx
+from lightning_obc.export.ops import operators
+from lightning_obc.export.ranges import ActivationRange
+from lightning_obc.export.runtime import open_session
+from lightning_obc.export.weights import CompressedWeight
+from lightning_obc.files import require
+from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.layers import adapter_for
+from lightning_obc.specs import IntGrid
+
+
+class Precision(Protocol):
+    """What is asked of a level here."""
+
+    @property
+    def grid(self) -> IntGrid | None: ...
+
+    @property
+    def activations(self) -> int | None: ...
+
+
+class _Rounded(nn.Module):
+    """A layer whose output is quantized, as that of a layer inside an integer network is."""
+
+    def __init__(self, layer: nn.Module, output: ActivationRange) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("scale", torch.tensor(output.scale))
+        self.register_buffer("zero_point", torch.tensor(output.zero_point, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operators()[1](self.layer(x), self.scale, self.zero_point, 255)
+
+
+class _Plain(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y
+
+
+def layer_runner(*, threads: int = 1) -> Callable[[str, nn.Module, Tensor, Precision], Callable[[], Any]]:
+    """A ``runner`` of :func:`lightning_obc.allocation.measure_latency` that runs layers in ONNX Runtime on the CPU.
+
+    A level with quantized weights and activations takes uint8 codes and gives uint8 codes: what quantizes the input of
+    the whole network, and dequantizes its output, is no part of any layer. Every other level runs in floating point.
+    Codes of any width run as int8 once they are loaded, and their values make no difference to the time, so that a
+    layer is exported once for all integer levels and once for all others.
+
+    Args:
+        threads: Threads of the runtime; 0 lets it choose.
+
+    Raises:
+        MissingExtraError: The extra ``onnx`` is not installed.
+    """
+    require("onnxruntime", "onnx")
+
+    sessions: dict[tuple[str, bool], Callable[[], Any]] = {}
+
+    def runner(name: str, module: nn.Module, x: Tensor, level: Precision) -> Callable[[], Any]:
+        integer = level.grid is not None and level.activations is not None
+        if (name, integer) not in sessions:
+            try:
+                sessions[name, integer] = _prepare(module, x, integer, threads)
+            except ExportError as error:
+                raise ExportError(
+                    f"Layer {name!r} cannot be timed in ONNX Runtime",
+                    got=f"{level}: {error.message}: {error.got}",
+                    expected="a layer that can be exported alone",
+                    remedy="exclude it, or supply its times in a table",
+                ) from error
+        return sessions[name, integer]
+
+    return runner
+
+
+def _prepare(module: nn.Module, x: Tensor, integer: bool, threads: int) -> Callable[[], Any]:
+    x = x.detach().cpu().float()
+    layer = copy.deepcopy(module).cpu().float().eval()
+    with tempfile.TemporaryDirectory(prefix="lightning-obc-") as folder:
+        path = Path(folder) / "layer.onnx"
+        if integer:
+            feed = _export_integer(layer, x, path)
+        else:
+            export_onnx(_Plain(layer), x, path, dynamic_batch=False)
+            feed = x.numpy()
+        session = open_session(path, threads=threads)
+    inputs = {session.get_inputs()[0].name: feed}
+    return lambda: session.run(None, inputs)
+
+
+def _export_integer(layer: nn.Module, x: Tensor, path: Path) -> np.ndarray[Any, Any]:
+    """Write the layer with integer input and output; returns codes for the input."""
+    adapter = adapter_for(layer)
+    assert adapter is not None
+    # 7 bits take the same kernels as 8, and cannot saturate anywhere.
+    grid = IntGrid(7, symmetric=True)
+    weight = adapter.weight_matrix(layer)
+    fitted = fit_grid(weight, grid, channels=adapter.shape(layer).channels)
+    adapter.write_weight_(layer, fitted.quantize(weight))
+    with torch.no_grad():
+        output = layer(x)
+    limits = _range_of(x)
+    export_onnx(
+        _Rounded(layer, _range_of(output)),
+        x,
+        path,
+        solutions={"layer": CompressedWeight.from_weight(adapter.weight_matrix(layer), None, fitted)},
+        activations={"layer": limits},
+        dynamic_batch=False,
+    )
+    _strip_ends(path)
+    codes = torch.clamp(torch.round(x / limits.scale) + limits.zero_point, 0, 255)
+    return np.asarray(codes.to(torch.uint8).numpy())
+
+
+def _range_of(x: Tensor) -> ActivationRange:
+    low, high = torch.aminmax(x)
+    return ActivationRange.between(float(low), float(high))
+
+
+def _strip_ends(path: Path) -> None:
+    """Take the first quantization and the last dequantization out of a file: codes go in, codes come out."""
+    onnx = require("onnx", "onnx")
+    model = onnx.load(path)
+    graph = model.graph
+    entry, exit_ = graph.input[0], graph.output[0]
+    first = next(node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == entry.name)
+    last = next(node for node in graph.node if node.op_type == "DequantizeLinear" and exit_.name in node.output)
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            if name == first.output[0]:
+                node.input[index] = entry.name
+    exit_.name = last.input[0]
+    graph.node.remove(first)
+    graph.node.remove(last)
+    for end in (entry, exit_):
+        end.type.tensor_type.elem_type = onnx.TensorProto.UINT8
+    keep = [value for value in graph.value_info if value.name not in {entry.name, exit_.name}]
+    del graph.value_info[:]
+    graph.value_info.extend(keep)
+    onnx.save(model, path)

@@ -1,0 +1,211 @@
+"""``search``, ``export``, ``benchmark`` and ``report`` on one small run of the digits network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_obc.allocation import apply_recipe
+from lightning_obc.export import load_packed, open_session, read_onnx_weights
+
+ROOT = Path(__file__).parents[1]
+BUDGETS = (0.02, 0.005)
+pytest.importorskip("onnxruntime")
+pytest.importorskip("jinja2")
+
+
+def options(**values: object) -> list[str]:
+    return [f"--{name.replace('__', '.')}={value}" for name, value in values.items()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short search on a briefly trained network: the CLI's parts, the folder, and a function for more commands."""
+    from lightning_obc.cli import main
+
+    patch = pytest.MonkeyPatch()
+    patch.chdir(ROOT)
+    patch.setattr(sys, "argv", ["lightning-obc"])
+    folder = tmp_path_factory.mktemp("cli")
+    quiet = options(
+        trainer__default_root_dir=folder, trainer__enable_progress_bar="false", trainer__enable_model_summary="false"
+    )
+    short = options(
+        trainer__max_epochs=2,
+        budgets=list(BUDGETS),
+        levels__bits="[[null,null],[8,8],[4,4],[2,4]]",
+        spdy__evaluations=4,
+        calibration__samples=128,
+        output=folder / "search",
+        database=folder / "database",
+    )
+    cli = main(["search", "--config=configs/digits_search.yaml", *quiet, *short])
+
+    def call(*args: object):
+        extra = ["--config=configs/digits.yaml", "--trainer.callbacks=null", "--trainer.logger=false", *quiet]
+        return main([str(args[0]), *extra, *map(str, args[1:])])
+
+    yield cli, folder, call
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def onnx_files(run):
+    """The dense model, the 4-bit one of the small budget with its own ranges, and with all tensors in integers."""
+    cli, folder, call = run
+    cli.trainer.save_checkpoint(folder / "dense.ckpt", weights_only=True)
+    checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
+    call("export", f"--ckpt_path={folder}/dense.ckpt", f"--path={folder}/dense.onnx")
+    call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/small.onnx")
+    call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/integer.onnx", "--integer=true")
+    return [folder / f"{name}.onnx" for name in ("dense", "small", "integer")]
+
+
+def images(cli) -> torch.Tensor:
+    cli.datamodule.setup("test")
+    return next(iter(cli.datamodule.test_dataloader()))[0]
+
+
+def logits(path: Path, x: torch.Tensor) -> torch.Tensor:
+    session = open_session(path, threads=1)
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def test_search_writes_the_curve_and_leaves_the_model_dense(run):
+    cli, folder, _ = run
+    result, search = cli.result, folder / "search"
+    methods = {(point.budget, point.method) for point in result.points}
+    assert methods >= {(budget, method) for budget in BUDGETS for method in ("dp", "spdy")}
+    assert all(point.cost <= point.budget for point in result.points)
+    curve = json.loads((search / "curve.json").read_text())
+    assert curve["metric"] == "val_accuracy"
+    assert "SPDY" in (search / "curve.svg").read_text()
+    assert cli.trainer.validate(cli.model, cli.datamodule, verbose=False)[0]["val_accuracy"] == pytest.approx(
+        result.dense_metric
+    )
+    assert not any(module._forward_pre_hooks for module in cli.model.modules())
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_recipe_makes_the_checkpoint_again(run, budget):
+    """Weights of the checkpoint from recipe, dense model and calibration data alone; batch-norm is corrected later."""
+    from lightning_obc.calibration import calibration_batches, collect_hessians
+    from lightning_obc.specs import Calibration
+
+    cli, folder, _ = run
+    model = copy.deepcopy(cli.model)
+    point = cli.result.point(budget)
+    recipe = folder / "search" / f"{point.method}-{budget:g}.yaml"
+    settings = yaml.safe_load(recipe.read_text())["calibration"]
+    batches = calibration_batches(cli.datamodule.train_dataloader(), Calibration(**settings))
+    apply_recipe(model, recipe, lambda modules: collect_hessians(model, modules, batches))
+    saved = torch.load(folder / "search" / f"compressed-{budget:g}.ckpt", weights_only=True)
+    for name in point.profile:
+        assert torch.equal(saved["state_dict"][f"{name}.weight"], model.state_dict()[f"{name}.weight"]), name
+
+
+def test_exported_codes_are_those_of_the_checkpoint(run, onnx_files):
+    cli, _, _ = run
+    point = cli.result.point(BUDGETS[1])
+    quantized = {name for name, level in point.profile.items() if "w" in level}
+    assert quantized
+    assert read_onnx_weights(onnx_files[1]).keys() == {f"{name}.weight" for name in quantized}
+    assert read_onnx_weights(onnx_files[0]) == {}
+    x = images(cli)
+    torch.testing.assert_close(logits(onnx_files[0], x), cli.model.eval()(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_exported_file_computes_what_the_search_measured(run, onnx_files):
+    """Weights and activations: the same predictions as the stitched model with its fake quantization."""
+    cli, _, _ = run
+    model, result = cli.model.eval(), cli.result
+    dense = copy.deepcopy(model.state_dict())
+    x = images(cli)
+    result.apply_(model, result.point(BUDGETS[1]))
+    expected = model(x).detach()
+    result.quantizer.disable()
+    model.load_state_dict(dense)
+    agree = (logits(onnx_files[1], x).argmax(1) == expected.argmax(1)).double().mean()
+    assert agree > 0.97
+
+
+def test_packed_files_come_back_bit_for_bit(run):
+    cli, folder, call = run
+    checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
+    done = call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/small.safetensors", "--format=packed")
+    assert done.result.size == (folder / "small.safetensors").stat().st_size
+    other = type(cli.model)()
+    load_packed(other, folder / "small.safetensors")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in other.state_dict().items())
+
+
+def test_compressed_tensors_fill_a_folder(run):
+    cli, folder, call = run
+    checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
+    if "w" not in cli.result.point(BUDGETS[1]).profile["head"]:
+        pytest.skip("the search left the only linear layer dense")
+    done = call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/small", "--format=compressed-tensors")
+    assert sorted(file.name for file in done.result.path.iterdir()) == ["config.json", "model.safetensors"]
+    assert any("stem" in note for note in done.result.notes)
+
+
+def test_existing_files_are_refused_before_anything_runs(run, onnx_files):
+    _, folder, call = run
+    before = onnx_files[0].read_bytes()
+    with pytest.raises(SystemExit, match="exists already"):
+        call("export", f"--ckpt_path={folder}/none.ckpt", f"--path={onnx_files[0]}")
+    assert onnx_files[0].read_bytes() == before
+    with pytest.raises(SystemExit, match="Only ONNX files"):
+        call("export", f"--path={folder}/x", "--format=packed", "--integer=true")
+
+
+def test_benchmark_and_report(run, onnx_files, capsys):
+    from lightning_obc.cli import main
+
+    _, folder, _ = run
+    times = folder / "times.json"
+    rows = main(["benchmark", *map(str, onnx_files), "--rounds=3", "--memory=false", f"--output={times}"])
+    assert [row.name for row in rows] == ["dense.onnx", "small.onnx", "integer.onnx"]
+    assert rows[1].size < rows[0].size / 2
+    assert "speed-up" in capsys.readouterr().out
+
+    records = [folder / "search" / f"compressed-{budget:g}.report.json" for budget in BUDGETS]
+    written = main(["report", str(records[1]), f"--benchmark={times}", f"--output={folder}/one"])
+    page = written[0].read_text()
+    assert "integer.onnx" in page
+    assert page.count('class="dot series') >= 6
+    assert "Weights of head" in page
+    written = main(["report", *map(str, records), f"--output={folder}/both", "--formats=[md]"])
+    assert [path.name for path in written] == ["both.md"]
+    assert "compressed-0.005.report" in written[0].read_text()
+
+
+def test_report_says_what_it_cannot_read(tmp_path, run):
+    from lightning_obc.cli import main
+
+    _, folder, _ = run
+    with pytest.raises(SystemExit, match=r"does not hold one record.*compressed-0.005.report.json"):
+        main(["report", str(folder)])
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        main(["report", str(tmp_path / "broken.json")])
+    record = str(folder / "search" / "compressed-0.02.report.json")
+    with pytest.raises(SystemExit, match="Measurements cannot be read"):
+        main(["report", record, f"--benchmark={tmp_path}/broken.json"])
+
+
+def test_a_search_without_a_figure_names_those_there_are(run):
+    _, folder, call = run
+    with pytest.raises(SystemExit, match=r"val_loss.*val_accuracy"):
+        call("search", "--budgets=[0.1]", "--cost=bops")
+    with pytest.raises(SystemExit, match="BudgetError"):
+        call("search", "--budgets=[1.5]")
+    with pytest.raises(SystemExit, match="latency table cannot be read"):
+        call("search", "--budgets=[0.5]", f"--cost={folder}/none.json")
