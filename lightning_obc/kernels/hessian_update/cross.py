@@ -7,7 +7,7 @@ from torch import Tensor
 from lightning_obc.errors import ShapeError
 from lightning_obc.kernels.hessian_update.conv import conv_patches
 from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
-from lightning_obc.kernels.hessian_update.linear import CHUNK, check_accumulator
+from lightning_obc.kernels.hessian_update.linear import CHUNK, NARROW, check_accumulator
 from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
 
 
@@ -55,4 +55,6 @@ def accumulate_cross_conv_(out: Tensor, a: Tensor, b: Tensor, geometry: ConvGeom
 
 
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
+    if out.shape[0] * out.shape[1] <= NARROW:
+        a, b = a.double(), b.double()
     out.add_(a.permute(1, 2, 0) @ b.transpose(0, 1))
