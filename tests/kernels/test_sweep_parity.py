@@ -67,30 +67,43 @@ def test_parity_across_panels_and_compaction(mode: Mode, keep: float | None, bac
     assert_parity(mode.run(in_dtype(problem, dtype), backend), oracle, **tolerances(dtype))
 
 
+@lru_cache(maxsize=32)
+def scarce(mode: Mode, damping: float, seed: int) -> tuple[SweepInput, SweepOutput]:
+    """Fewer samples than columns, in float32. The oracle sees the same rounded weights: a grid point half-way between
+    two codes of the float64 weights is on record as another problem."""
+    problem = in_dtype(make_problem(1, 3, 200, damping=damping, samples=90, seed=seed), torch.float32)
+    return problem, mode.run(problem, "naive")
+
+
 @by_backend
-@pytest.mark.parametrize(("damping", "order"), [(1e-4, 0.99), (1e-6, 0.98)])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("damping", [1e-4, 1e-6])
 @pytest.mark.parametrize("mode", [MODES[0], MODES[1], MODES[5]], ids=lambda mode: mode.name)
-def test_fewer_samples_than_columns(mode: Mode, damping: float, order: float, backend: str) -> None:
-    """Restarts from float64 keep the float32 order. A loss is compared against what the row is worth: pivots worn to
-    1/150 cost float32 more than the 1e-5 of well-conditioned problems (1.4e-5 was the most seen)."""
-    problem, oracle = solved((1, 3, 200), mode, None, damping=damping, samples=90)
-    got = mode.run(in_dtype(problem, torch.float32), backend)
+def test_fewer_samples_than_columns(mode: Mode, damping: float, seed: int, backend: str) -> None:
+    """Restarts from float64 keep the float32 order: over 200 seeds at most 4 of 600 steps differed (two codes half-way
+    between grid points), and over 40 of them with vectors of 16, 32 and 64 bytes alike.
+
+    A loss is compared against what the row is worth. A pivot may be worn to 1/30: ``30·eps = 2e-6`` in ``G_pp``, and
+    some ten times that in a loss, because ``G`` itself was rounded (1e-4 bounds the 4e-5 seen)."""
+    problem, oracle = scarce(mode, damping, seed)
+    got = mode.run(problem, backend)
     assert not bool(got.broken.any())
-    assert agreement(got, oracle) >= order
-    expected = oracle.losses.sum(-1)
-    worth = ((problem.weight @ problem.hessian) * problem.weight).sum(-1) / 2
+    assert agreement(got, oracle) >= 0.98
+    expected = oracle.losses.double().sum(-1)
+    worth = ((problem.weight.double() @ problem.hessian) * problem.weight).sum(-1) / 2
     difference = (got.losses.double().sum(-1) - expected).abs()
-    assert bool((difference <= 3e-5 * torch.maximum(worth, expected)).all())
+    assert bool((difference <= 1e-4 * torch.maximum(worth, expected)).all())
 
 
 @by_backend
 def test_without_restarts_the_float32_order_would_drift(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The restart is what the previous test tests."""
-    problem, oracle = solved((1, 3, 200), MODES[0], None, damping=1e-6, samples=90)
+    """The restart is what the previous test tests: without it none of 40 seeds kept more than 95.2 % of the order."""
     module = "compiled" if backend == "numba" else "panels"
     monkeypatch.setattr(f"lightning_obc.kernels.obs_sweep.{module}.WORN_FLOAT32", 1e30)
-    got = MODES[0].run(in_dtype(problem, torch.float32), backend)
-    assert bool(got.broken.any()) or agreement(got, oracle) < 0.96
+    for seed in range(3):
+        problem, oracle = scarce(MODES[0], 1e-6, seed)
+        got = MODES[0].run(problem, backend)
+        assert bool(got.broken.any()) or agreement(got, oracle) < 0.97
 
 
 @by_dtype

@@ -22,7 +22,7 @@ from sweep_cases import MODES, Mode, make_grid, make_groups, make_problem
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_obc.kernels.obs_sweep import NMGroups, SweepInput, SweepOutput, sweep_prune, sweep_quantize
-from lightning_obc.kernels.obs_sweep.types import SweepPlan
+from lightning_obc.kernels.obs_sweep.types import WORN_FLOAT32, SweepPlan
 
 BACKEND = "lightning_obc.kernels.obs_sweep.triton_backend"
 PARITY_MODES = [MODES[0], MODES[1], MODES[4], MODES[5]]
@@ -128,7 +128,7 @@ def scarce(device: str, mode: Mode = MODES[0], ratio: float | None = None) -> Sw
     problem = scarce_problem()
     problem = replace(problem, weight=problem.weight.float(), inverse=problem.inverse.float())
     module = "lightning_obc.kernels.obs_sweep.triton_chunk"
-    with small_tiles(columns=64), mock.patch(f"{module}.WORN_FLOAT32", 150.0 if ratio is None else ratio):
+    with small_tiles(columns=64), mock.patch(f"{module}.WORN_FLOAT32", WORN_FLOAT32 if ratio is None else ratio):
         return solve(problem, mode, device)
 
 

@@ -87,6 +87,7 @@ class _Chunk:
             self.made = torch.zeros(size, len(groups.quota), dtype=torch.int64, device=device)
         self.diagonal = source.inverse.diagonal(dim1=1, dim2=2)[self.problem].clone()
         self.reference = self.diagonal
+        self.fresh = torch.ones(size, dtype=torch.bool, device=device)  # no step since the last float64 start
         # One column more than T takes the writes of rows that idle.
         self.order = torch.full((size, plan.steps + 1), -1, dtype=torch.int32, device=device)
         self.losses = torch.zeros(size, plan.steps + 1, dtype=self.dense.dtype, device=device)
@@ -100,25 +101,30 @@ class _Chunk:
             self._take_zeros()
         while self.left > 0:
             panel, worn = self._panel(min(_STEPS, self.left))
-            if not self._flush(panel):
-                return
             # The only waits for the device: here and in the flush, once a panel.
-            if bool(worn.any()):
+            some_worn = bool(worn.any())
+            if not self._flush(panel, some_worn):
+                return
+            if some_worn:
                 self._restart(worn.nonzero().flatten())
         self.broken |= ~torch.isfinite(self.losses[:, :-1]).all(1)
 
     # ------------------------------------------------------------------------------------ one panel of steps
     def _panel(self, steps: int) -> tuple[Tensor, Tensor]:
-        """``V`` ``[P, steps, m]`` of a panel, and the rows whose pivots have worn out."""
+        """``V`` ``[P, steps, m]`` of a panel, and the rows whose pivots have worn out: those idle until its end."""
         panel = self.weight.new_zeros(len(self.weight), steps, self.weight.shape[1])
         worn = torch.zeros_like(self.broken)
         for step in range(steps):
             error, candidate = self._errors()
             pivot, active = self._choose(error, candidate)
             value = self.diagonal.gather(1, pivot)
-            sound = active & (value > 0) & torch.isfinite(value)
-            self.broken |= (active & ~sound)[:, 0]
-            worn |= (sound & (self.reference.gather(1, pivot) > self.worn_ratio * value))[:, 0]
+            sound = (value > 0) & torch.isfinite(value)
+            sound &= self.reference.gather(1, pivot) <= self.worn_ratio * value
+            bad = (active & ~sound)[:, 0]
+            self.broken |= bad & self.fresh
+            worn |= bad & ~self.fresh
+            sound &= active & ~worn[:, None]
+            self.fresh &= ~sound[:, 0]
             root = torch.where(sound, value, 1).sqrt()
             z = torch.where(sound, error.gather(1, pivot) / root, 0)
             self._record(pivot, z, sound)
@@ -189,10 +195,10 @@ class _Chunk:
         return torch.baddbmm(column[:, None, :], left.mT, panel, alpha=-1)[:, 0]
 
     # ------------------------------------------------------------------------------------- between panels
-    def _flush(self, panel: Tensor) -> bool:
+    def _flush(self, panel: Tensor, some_worn: bool) -> bool:
         """Bring ``G`` up to date and drop columns that left. Returns whether any row goes on."""
         size = self.alive.shape[1]
-        if self.plan.groups is None:
+        if self.plan.groups is None and not some_worn:
             smaller = self.left - panel.shape[1]
         else:
             self.alive &= self._errors()[1]
@@ -255,6 +261,7 @@ class _Chunk:
             self._restart_part(part)
         self.diagonal = torch.where(self.alive, self.inverse.diagonal(dim1=1, dim2=2), 1)
         self.reference = self.reference.index_copy(0, rows, self.diagonal[rows])
+        self.fresh[rows] = True
 
     def _restart_part(self, rows: Tensor) -> None:
         """With ``F`` the fixed columns at ``q``: ``w_U = w₀_U + H_UU⁻¹ H_UF (w₀_F - q_F)``."""

@@ -51,9 +51,10 @@ def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tup
             if size <= 0:
                 return done, size < 0
             source, shared = s.packed, False
-        _load_panel(source, size, status == WORN or done == 0, s, o)
+        fresh = status == WORN or done == 0
+        _load_panel(source, size, fresh, s, o)
         steps = o.steps if size > o.narrow else o.narrow_steps
-        status, done, taken, leaving = _panel(row, source, size, done, forced, steps, p, out, s, o)
+        status, done, taken, leaving = _panel(row, source, size, done, forced, steps, fresh, p, out, s, o)
         if status in (ENDED, BROKEN):
             return done, status == BROKEN
         if status == CONTINUE and shared:
@@ -120,13 +121,14 @@ def _panel(
     done: int,
     forced: int,
     steps: int,
+    fresh: bool,
     p: Problem,
     out: Result,
     s: Scratch,
     o: Options,
 ) -> tuple[int, int, int, int]:
     """Up to ``steps`` eliminations. Returns status, steps done in all and in this panel, and positions that leave."""
-    leaving, worn = 0, False
+    leaving = 0
     for step in range(steps):
         if done < forced:
             pivot = s.position[s.zeros[done]]
@@ -136,9 +138,9 @@ def _panel(
             if leaving == size:
                 return ENDED, done, step, leaving
             pivot = choose(size, s, o)
-        if pivot < 0 or not 0 < s.diagonal[pivot] < np.inf:
-            return BROKEN, done, step, leaving
-        worn |= s.reference[pivot] > o.worn * s.diagonal[pivot]
+        sound = pivot >= 0 and 0 < s.diagonal[pivot] < np.inf
+        if not sound or s.reference[pivot] > o.worn * s.diagonal[pivot]:
+            return BROKEN if fresh and step == 0 else WORN, done, step, leaving
         error = _fix(row, pivot, done, done < forced, p, out, s, o)
         s.leaving[leaving], s.penalty[pivot] = pivot, o.big
         leaving, done = leaving + 1, done + 1
@@ -147,7 +149,7 @@ def _panel(
         if leaving == size:
             return ENDED, done, step + 1, leaving
         _eliminate(source, size, pivot, error, step, steps, s, o)
-    return WORN if worn else CONTINUE, done, steps, leaving
+    return CONTINUE, done, steps, leaving
 
 
 @_jit_inline

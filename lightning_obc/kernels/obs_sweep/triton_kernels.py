@@ -178,10 +178,12 @@ def _choose(
     best: tl.tensor,
     key: tl.tensor,
     made: tl.tensor,
+    WORN_RATIO: tl.constexpr,
 ) -> tl.tensor:
     """Slot, column and diagonal of the pivots, and which rows stop here.
 
-    A pivot that is no good is rounding, for a restart to mend, unless ``made``, the steps since the last start, is 0.
+    A pivot that is no good, or smaller than its reference by more than ``WORN_RATIO``, is rounding, for a restart to
+    mend, unless ``made``, the steps since the last start, is 0.
     """
     lowest = tl.min(best, axis=1, keep_dims=True)
     winner = tl.min(tl.where(best == lowest, key, _NONE), axis=1, keep_dims=True)
@@ -189,9 +191,11 @@ def _choose(
     state = tl.where((state == 0) & (winner == _NONE), _ENDED, state)
     found = state == 0
     value = tl.load(working.diagonal + here * sizes.width + pivot, mask=found, other=1.0)
-    bad = found & ~((value > 0) & (value < float("inf")))
+    column = winner >> 32
+    reference = tl.load(working.reference + here * sizes.columns + column, mask=found, other=0.0)
+    bad = found & ~((value > 0) & (value < float("inf")) & (reference <= WORN_RATIO * value))
     state = tl.where(bad, tl.where(made > 0, _WORN, _BROKEN), state)
-    return pivot, winner >> 32, tl.where(state == 0, value, 1.0), state
+    return pivot, column, tl.where(state == 0, value, 1.0), state
 
 
 @triton.jit
@@ -315,7 +319,7 @@ def panel_kernel(
     """``B`` eliminations of each row that is running. Order, losses, codes, counts and status are written.
 
     A row stops when no slot is alive (``ENDED``) or its first pivot is not finite and positive (``BROKEN``). It is
-    ``WORN`` when a later one is not, at once, or is smaller than its reference by more than ``WORN_RATIO``, at the end.
+    ``WORN`` when a later one is not, or is smaller than its reference by more than ``WORN_RATIO``.
     """
     here = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
     state = tl.load(working.status + here, mask=here < rows, other=_ENDED)
@@ -325,18 +329,15 @@ def panel_kernel(
     row = tl.load(working.row + here, mask=present, other=0)
     owner = tl.load(working.owner + here, mask=present, other=0)
     done = tl.load(lines.done + row, mask=present, other=0)
-    worn = present & False
     none = tl.full((ROWS, COLS), float("inf"), matrix.dtype.element_ty)
     nobody = tl.full((ROWS, COLS), _NONE, tl.int64)
     at = (row, here, owner, present)
     best, key = _open(lines, working, sizes, matrix, size, at, none, nobody, MAX_CODE, FAR, COLS)
     for step in range(steps):
         tl.debug_barrier()
-        pivot, chosen, value, state = _choose(working, sizes, here, state, best, key, made + step)
+        pivot, chosen, value, state = _choose(working, sizes, here, state, best, key, made + step, WORN_RATIO)
         going = state == 0
         weight = tl.load(working.weight + here * sizes.width + pivot, mask=going, other=0.0)
-        reference = tl.load(working.reference + here * sizes.columns + chosen, mask=going, other=0.0)
-        worn = worn | (going & (reference > WORN_RATIO * value))
         root = _root(value)
         z = _fix(lines, sizes, row, chosen, weight, root, done, going, MAX_CODE)
         closing = tl.full((ROWS, 1), -1, tl.int64)
@@ -353,7 +354,5 @@ def panel_kernel(
             lines, working, sizes, matrix, size, step, at, pivots, none, nobody, MAX_CODE, FAR, COLS, DEPTH
         )
         done += going.to(tl.int32)
-    unfinished = tl.min(key, axis=1, keep_dims=True) < _NONE
-    state = tl.where((state == 0) & worn & unfinished, _WORN, state)
     tl.store(lines.done + row, done, mask=present)
     tl.store(working.status + here, state, mask=present)

@@ -25,9 +25,10 @@ from torch import Tensor
 # put the largest positive weight exactly half a step outside, where rounding must not decide.
 OUTLIER_TOLERANCE = 1e-5
 
-# A float32 sweep restarts a row from float64 when a pivot has shrunk by this factor since the row's last float64 start:
-# two of its seven digits are gone then.
-WORN_FLOAT32 = 150.0
+# A float32 sweep restarts a row from float64 before it takes a pivot that has shrunk by this factor since the row's
+# last float64 start: one and a half of its seven digits are gone then. Where pivots collapse (fewer samples than
+# columns) a few steps do it, so the check cannot wait for the end of a panel.
+WORN_FLOAT32 = 30.0
 
 
 @dataclass(frozen=True)
