@@ -20,9 +20,20 @@ if TYPE_CHECKING:
     from lightning_obc.obs import LayerSolution
     from lightning_obc.pipeline import compress
     from lightning_obc.report import CompressionReport
-    from lightning_obc.schedules import Gradual
+    from lightning_obc.schedules import Gradual, Plateau
     from lightning_obc.solvers import Refine
-    from lightning_obc.specs import NM, Block, Calibration, IntGrid, Prune, Quantize, Structured, Unstructured
+    from lightning_obc.specs import (
+        NM,
+        Block,
+        Calibration,
+        IntGrid,
+        Prune,
+        PruneOverride,
+        Quantize,
+        QuantizeOverride,
+        Structured,
+        Unstructured,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,13 +53,16 @@ _HOME = {
     "save_packed": "lightning_obc.export",
     "to_semi_structured": "lightning_obc.export",
     "Gradual": "lightning_obc.schedules",
+    "Plateau": "lightning_obc.schedules",
     "Refine": "lightning_obc.solvers",
     "NM": "lightning_obc.specs",
     "Block": "lightning_obc.specs",
     "Calibration": "lightning_obc.specs",
     "IntGrid": "lightning_obc.specs",
     "Prune": "lightning_obc.specs",
+    "PruneOverride": "lightning_obc.specs",
     "Quantize": "lightning_obc.specs",
+    "QuantizeOverride": "lightning_obc.specs",
     "Structured": "lightning_obc.specs",
     "Unstructured": "lightning_obc.specs",
 }
@@ -67,8 +81,11 @@ __all__ = [
     "LayerSolution",
     "OBCCallback",
     "Plan",
+    "Plateau",
     "Prune",
+    "PruneOverride",
     "Quantize",
+    "QuantizeOverride",
     "Refine",
     "Structured",
     "Unstructured",

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_obc.calibration import Collector, DenseWeights, batch_size_of
 from lightning_obc.errors import LayerNotFoundError
 from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
+from lightning_obc.layerwise import reached_edges
 from lightning_obc.obs.speed import measured_speed
 from lightning_obc.planning import StagePlan, check_schedule, plan_stage
 from lightning_obc.solvers import parse_refine
@@ -130,10 +131,13 @@ def plan(
     """
     stages = [stages] if isinstance(stages, Stage) else list(stages)
     spec = calibration or Calibration()
-    check_schedule(model, stages)
-    plans = [plan_stage(model, stage, spec) for stage in stages]
+    probe = None if batch is None else [batch]
+    edges = None if probe is None else reached_edges(model, stages, lambda: Collector(model, probe, spec, forward))
+    check_schedule(model, stages, edges)
+    plans = [plan_stage(model, stage, spec, edges) for stage in stages]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    names = dict.fromkeys(stage.backend for stage in stages if isinstance(stage, (Prune, Quantize)) and _sweeps(stage))
+    swept = [layer.stage for found in plans for layer in found.layers if _sweeps(layer.stage)]
+    names = dict.fromkeys(map(_backend, swept))
     speeds = {name: measured_speed(device, name) for name in names}
     forecasts = [_forecast(model, found, batch, spec, forward, speeds) for found in plans]
     return Plan(forecasts, _left_dense(model, plans), speeds)
@@ -147,22 +151,30 @@ def _forecast(
     forward: Forward | None,
     speeds: Mapping[str, float],
 ) -> StageForecast:
-    stage = plan.stage
-    if not plan.layers or not isinstance(stage, (Prune, Quantize)):
+    if not plan.layers:
         return StageForecast(plan, 0.0, None, None)
-    flops = sum(_times(stage, layer.shape.rows) * layer.sweep_flops for layer in plan.layers) if _sweeps(stage) else 0.0
-    seconds = flops / speeds[stage.backend] if _sweeps(stage) else None
+    costs = [(x.stage, _times(x.stage, x.shape.rows) * x.sweep_flops) for x in plan.layers if _sweeps(x.stage)]
+    flops = sum(cost for _, cost in costs)
+    # One layer with another solver leaves the time of the whole stage open.
+    known = len(costs) == len(plan.layers)
+    seconds = sum(cost / speeds[_backend(stage)] for stage, cost in costs) if known else None
     return StageForecast(
         plan, flops, seconds, None if batch is None else _calibration_seconds(model, plan, batch, spec, forward)
     )
 
 
-def _sweeps(stage: Prune | Quantize) -> bool:
-    return stage.solver == "obs"
+def _sweeps(stage: Stage) -> bool:
+    return isinstance(stage, (Prune, Quantize)) and stage.solver == "obs"
 
 
-def _times(stage: Prune | Quantize, rows: int) -> float:
+def _backend(stage: Stage) -> str:
+    assert isinstance(stage, (Prune, Quantize))
+    return stage.backend
+
+
+def _times(stage: Stage, rows: int) -> float:
     """Full sweeps of a layer that a stage takes: one, and what choices of damping and of refinement add."""
+    assert isinstance(stage, (Prune, Quantize))
     choosing = 10 * min(1.0, 32 / rows) if stage.damping == "auto" else 0.0
     refine = parse_refine(stage.refine)
     return 1 + choosing + (2 if refine is not None and refine.judge else 0)

@@ -28,6 +28,7 @@ from lightning_obc.errors import BackendError, LayerNotReachedError, NonFiniteEr
 from lightning_obc.files import PathLike
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
+from lightning_obc.layerwise import reached_edges
 from lightning_obc.obs import LayerSolution
 from lightning_obc.obs.recentre import Recentred, against_before, recentre
 from lightning_obc.planning import (
@@ -109,7 +110,7 @@ def run_stage(
             collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
     if progress is not None:
         progress(str(stage), run.total, run.total)
-    rows = [_report(stage, layer, run.outcomes[layer.name]) for layer in plan.layers]
+    rows = [_report(layer, run.outcomes[layer.name]) for layer in plan.layers]
     solutions = {layer.name: found for layer in plan.layers if (found := run.outcomes[layer.name].solution) is not None}
     return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, time.perf_counter() - started)
 
@@ -179,12 +180,12 @@ class _StageRun:
         started, start = time.perf_counter(), None
         weight = weight_matrix(layer.module)
         mixing = self.spec.recentring if layer.name in self.recentred else 0.0
-        problem = LayerProblem(layer.name, self.stage, weight, statistic, mixing, self._pooled(layer))
+        problem = LayerProblem(layer.name, layer.stage, weight, statistic, mixing, self._pooled(layer))
         # Outside of what may fail: progress that belongs to another run must not be mixed into this one.
         solution = self.store.load(problem) if self.store is not None else None
         try:
             if isinstance(statistic, PairedHessian):
-                start = recentre(weight, statistic, mixing=mixing, damping=_damping(self.stage))
+                start = recentre(weight, statistic, mixing=mixing, damping=_damping(layer.stage))
             if solution is None:
                 solution = self._solution(layer, weight, statistic, start)
                 if self.store is not None:
@@ -200,9 +201,9 @@ class _StageRun:
         options = layer.shape.channels, self._pooled(layer)
         if isinstance(statistic, PairedHessian):
             assert start is not None
-            solution = solve_layer(self.stage, start.weight, statistic.hessian, *options)
+            solution = solve_layer(layer.stage, start.weight, statistic.hessian, *options)
             return against_before(solution, weight, statistic)
-        return solve_layer(self.stage, weight, statistic, *options)
+        return solve_layer(layer.stage, weight, statistic, *options)
 
     def _pooled(self, layer: LayerPlan) -> bool:
         # Only convolutions have groups of one kind; query, key and value of attention are problems of their own.
@@ -271,7 +272,7 @@ def _finite(statistic: Hessian | PairedHessian) -> bool:
     return bool(torch.isfinite(statistic.halves).all())
 
 
-def _report(stage: Stage, layer: LayerPlan, outcome: _Outcome) -> LayerReport:
+def _report(layer: LayerPlan, outcome: _Outcome) -> LayerReport:
     solution = outcome.solution
     weight = weight_matrix(layer.module)
     bits = weight.element_size() * 8
@@ -279,7 +280,7 @@ def _report(stage: Stage, layer: LayerPlan, outcome: _Outcome) -> LayerReport:
         name=layer.name,
         type=type(layer.module).__name__,
         shape=tuple(weight_shape(layer.module)),
-        stage=str(stage),
+        stage=str(layer.stage),
         sparsity=float((weight == 0).double().mean()),
         bits=bits if solution is None or solution.grid is None else solution.grid.spec.bits,
         loss=0.0 if solution is None else solution.loss,
@@ -372,10 +373,11 @@ def compress(
     """
     stages = _checked_recipe(stages, on_failure)
     spec = calibration or Calibration()
-    check_schedule(model, stages)
-    for stage in stages:
-        plan_stage(model, stage, spec)
     source = calibration_batches(batches, spec)
+    edges = reached_edges(model, stages, lambda: Collector(model, source, spec, forward))
+    check_schedule(model, stages, edges)
+    for stage in stages:
+        plan_stage(model, stage, spec, edges)
     solved = None if store is None else SolutionStore(store)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
@@ -389,9 +391,9 @@ def compress(
                 continue
 
             collect = Collector(model, source, spec, forward, report_progress)
+            found = plan_stage(model, stage, spec, edges)
             kept = None if solved is None else solved.stage(index)
-            reports.append(
-                run_stage(model, stage, collect, on_failure=on_failure, progress=report_progress, store=kept)
-            )
+            how: dict[str, Any] = {"on_failure": on_failure, "progress": report_progress, "store": kept, "plan": found}
+            reports.append(run_stage(model, stage, collect, **how))
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
     return CompressionReport(model, reports, unsupported_layers(model), figures, corrections)

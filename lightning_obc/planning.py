@@ -20,15 +20,8 @@ from lightning_obc.errors import (
     SpecError,
     UnsupportedLayerError,
 )
-from lightning_obc.layers import (
-    LayerAdapter,
-    ProblemShape,
-    adapter_for,
-    blocks_of,
-    is_lookup,
-    reason_unsupported,
-    select_layers,
-)
+from lightning_obc.layers import LayerAdapter, ProblemShape, adapter_for, blocks_of, is_lookup, reason_unsupported
+from lightning_obc.layerwise import Edges, differences, layer_stages, stage_layers
 from lightning_obc.obs.prune import check_fit
 from lightning_obc.obs.speed import sweep_flops
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
@@ -36,11 +29,12 @@ from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer of a plan: its problem and the float64 memory of its two-half statistic."""
+    """One layer of a plan: what is done to it, its problem, and the float64 memory of its two-half statistic."""
 
     name: str
     module: nn.Module = field(repr=False)
     shape: ProblemShape
+    stage: Stage
 
     @property
     def hessian_bytes(self) -> int:
@@ -125,8 +119,10 @@ class StagePlan:
             for layer in self.layers
         ]
         title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
+        own = {layer.name: differences(self.stage, layer.stage) for layer in self.layers}
+        apart = [f"differently: {name} with {changed}" for name, changed in own.items() if changed]
         left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
-        return "\n".join([render(title, columns, rows), *self._notes(), *left])
+        return "\n".join([render(title, columns, rows), *self._notes(), *apart, *left])
 
     def _notes(self) -> list[str]:
         spec, limit = self.calibration, self.calibration.memory_bytes
@@ -187,16 +183,19 @@ def within_memory(layers: Sequence[LayerPlan], spec: Calibration) -> list[list[L
     return [sorted(part, key=lambda x: position[x.name]) for part in parts]
 
 
-def plan_stage(model: nn.Module, stage: Stage, calibration: Calibration | None = None) -> StagePlan:
+def plan_stage(
+    model: nn.Module, stage: Stage, calibration: Calibration | None = None, edges: Edges | None = None
+) -> StagePlan:
     """Select the layers of a stage and check everything that can be checked without data.
 
     Args:
         model: The model.
         stage: The stage.
         calibration: How its statistics will be collected; None means ``Calibration()``.
+        edges: Names of the first and the last layer; None takes them in the order of the modules.
 
     Raises:
-        LayerNotFoundError: A name, glob or type that matches nothing.
+        LayerNotFoundError: A name, glob or type, or an override, that matches nothing.
         PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
         NonFiniteError: NaN or Inf in a weight.
     """
@@ -206,20 +205,21 @@ def plan_stage(model: nn.Module, stage: Stage, calibration: Calibration | None =
     layers: list[LayerPlan] = []
     skipped: dict[str, str] = {}
     misfits: dict[str, PatternError] = {}
-    for name, module in select_layers(model, stage.layers, stage.exclude).items():
-        shape = _adapter(module).shape(module)
+    stages = layer_stages(model, stage, edges)
+    for name, module in stage_layers(model, stage, edges).items():
+        shape, own = _adapter(module).shape(module), stages[name]
         if isinstance(stage, Prune) and is_lookup(module):
             skipped[name] = "its rows are looked up, not multiplied: embeddings are quantized only"
             continue
         try:
-            check_layer(stage, shape)
+            check_layer(own, shape)
         except PatternError as error:
             misfits[name] = error
             continue
-        layers.append(LayerPlan(name, module, shape))
-    if misfits and getattr(stage, "misfit", "error") == "error":
-        first = next(iter(misfits.values()))
-        got = "; ".join(f"{name}: {error.got}" for name, error in misfits.items())
+        layers.append(LayerPlan(name, module, shape, own))
+    if wrong := {name: x for name, x in misfits.items() if getattr(stages[name], "misfit", "error") == "error"}:
+        first = next(iter(wrong.values()))
+        got = "; ".join(f"{name}: {error.got}" for name, error in wrong.items())
         raise PatternError(first.message, got=got, expected=first.expected, remedy=first.remedy)
     skipped |= {name: f"{error.message}: {error.got}" for name, error in misfits.items()}
     if not layers:
@@ -287,7 +287,7 @@ def _check_quantize(stage: Quantize, shape: ProblemShape) -> None:
         )
 
 
-def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
+def check_schedule(model: nn.Module, stages: Sequence[Stage], edges: Edges | None = None) -> None:
     """Refuse recipes whose later stages would destroy what earlier ones made.
 
     Raises:
@@ -301,7 +301,7 @@ def check_schedule(model: nn.Module, stages: Sequence[Stage]) -> None:
         if isinstance(stage, Correct):
             _check_correction_order(stage, stages[:index])
             continue
-        names = set(select_layers(model, stage.layers, stage.exclude))
+        names = set(stage_layers(model, stage, edges))
         if isinstance(stage, Quantize):
             quantized |= {name: str(stage) for name in names}
         elif clash := sorted(names & set(quantized)):

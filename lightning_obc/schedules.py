@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Literal, Optional, Union
 
 from lightning_obc.errors import SpecError
 
@@ -13,28 +13,49 @@ from lightning_obc.errors import SpecError
 class Plateau:
     """A stage's time: when a monitored metric has stopped improving.
 
+    Values count from when the stages before are done. Once the metric has stopped improving, the stage runs before the
+    next training batch: the next validation, and the checkpoints after it, describe the compressed weights. When it
+    stops with the last validation of the training, the stage runs at the end of the training. Stages in a row with
+    equal ``at`` run together, like those with equal epochs.
+
     Args:
-        monitor: Name of a metric that the LightningModule logs, for example ``"val_loss"``.
-        patience: Validations without an improvement after which the stage runs.
+        monitor: Name of a metric that the LightningModule logs: in its validation steps, or, then looked at once per
+            epoch, in its training steps with ``on_epoch=True``.
+        patience: Values without an improvement after which the stage runs.
         mode: ``"min"`` when smaller is better, ``"max"`` when larger is.
-        min_delta: Smallest change that counts as an improvement.
+        min_delta: Smallest change that counts as an improvement. NaN is none.
+        latest: Epoch, counted from 0, before which the stage runs even without a plateau; a training that ends earlier
+            runs it at its end. None: without a plateau the stage does not run, and a warning says so.
+        nth: Tells plateaus of one metric apart: stages with ``nth=1``, then stages with ``nth=2`` wait for one plateau
+            after the other.
     """
 
     monitor: str
     patience: int = 3
     mode: Literal["min", "max"] = "min"
     min_delta: float = 0.0
+    latest: Optional[int] = None
+    nth: int = 1
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise SpecError("Plateau.patience is too small", got=self.patience, expected="at least 1")
+        if not isinstance(self.monitor, str) or not self.monitor:
+            raise SpecError("Plateau.monitor is no name", got=repr(self.monitor), expected='such as "val_loss"')
+        for name, least in (("patience", 1), ("nth", 1), ("latest", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise SpecError(f"Plateau.{name} is not possible", got=value, expected=f"an integer >= {least}")
         if self.mode not in ("min", "max"):
             raise SpecError("Plateau.mode is unknown", got=repr(self.mode), expected='"min" or "max"')
         if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
             raise SpecError("Plateau.min_delta is not possible", got=self.min_delta, expected="a finite number >= 0")
 
+    def improves(self, value: float, best: float) -> bool:
+        """True when a value is better than the best before by more than ``min_delta``; NaN never is."""
+        change = best - value if self.mode == "min" else value - best
+        return change > self.min_delta
+
     def __str__(self) -> str:
-        return f"plateau of {self.monitor}"
+        return f"{'plateau' if self.nth == 1 else f'plateau {self.nth}'} of {self.monitor}"
 
 
 @dataclass(frozen=True)

@@ -1,209 +1,31 @@
-"""What to do: patterns, grids, calibration and stages. Frozen, validated, plain enough for YAML."""
+"""What to do: calibration and stages, over patterns and grids. Frozen, validated, plain enough for YAML."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC
-from dataclasses import dataclass, field, replace
-from typing import Literal, Union, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Optional, Union, get_args
 
 from lightning_obc.calibration_spec import Calibration as Calibration
 from lightning_obc.errors import SpecError
+from lightning_obc.patterns import NM as NM
+from lightning_obc.patterns import Block as Block
+from lightning_obc.patterns import Granularity as Granularity
+from lightning_obc.patterns import IntGrid as IntGrid
+from lightning_obc.patterns import Pattern as Pattern
+from lightning_obc.patterns import RangeSearch as RangeSearch
+from lightning_obc.patterns import Structured as Structured
+from lightning_obc.patterns import Unstructured as Unstructured
+from lightning_obc.patterns import parse_grid as parse_grid
+from lightning_obc.patterns import parse_pattern as parse_pattern
 from lightning_obc.schedules import At, Gradual, check_at, times
 from lightning_obc.solvers import PruneSolver, QuantizeSolver, Refine, check_solver, parse_refine
 
-Granularity = Literal["tensor", "channel", "group"]
-RangeSearch = Literal["minmax", "mse", "hessian"]
 Selection = Literal["heap", "sorted", "hull"]
 Misfit = Literal["error", "skip", "pad"]
 BACKENDS = ("auto", "naive", "torch", "numba", "triton")
-
-
-class Pattern(ABC):  # noqa: B024 (a common type for annotations and YAML)
-    """A sparsity pattern. Subclasses are frozen dataclasses."""
-
-
-def _check_sparsity(sparsity: float) -> None:
-    if not isinstance(sparsity, (int, float)) or isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise SpecError(
-            "A sparsity lies outside [0, 1)",
-            got=sparsity,
-            expected="the fraction of zeros, 0 <= sparsity < 1",
-            remedy='write 0.5 for half of the weights, or an N:M pattern in quotes, "2:4"',
-        )
-
-
-@dataclass(frozen=True)
-class Unstructured(Pattern):
-    """Any weight may go. One choice over all rows of a layer (paper, section 4, algorithm 2).
-
-    Args:
-        sparsity: Fraction of zeros in the layer, in [0, 1).
-    """
-
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-
-    def __str__(self) -> str:
-        return f"{self.sparsity:.4g}"
-
-
-@dataclass(frozen=True)
-class NM(Pattern):
-    """At most ``n`` non-zeros in every ``m`` consecutive weights along the input channels (paper, section 4).
-
-    Args:
-        n: Weights kept of each group, 1 <= n < m.
-        m: Size of a group.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self) -> None:
-        ok = all(isinstance(x, int) and not isinstance(x, bool) for x in (self.n, self.m))
-        if not ok or not 1 <= self.n < self.m:
-            raise SpecError(
-                "An N:M pattern is not possible",
-                got=f"{self.n}:{self.m}",
-                expected="integers n:m with 1 <= n < m, n non-zeros kept of every m weights",
-                remedy='for example "2:4"',
-            )
-
-    @property
-    def sparsity(self) -> float:
-        return 1 - self.n / self.m
-
-    def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
-
-
-@dataclass(frozen=True)
-class Block(Pattern):
-    """Blocks of ``size`` consecutive input channels leave together (paper, section 4, "block-sparsity").
-
-    Args:
-        size: Weights per block.
-        sparsity: Fraction of blocks that become zero, in [0, 1).
-    """
-
-    size: int = 4
-    sparsity: float = 0.5
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-        if not isinstance(self.size, int) or isinstance(self.size, bool) or self.size < 1:
-            raise SpecError("A block size is not possible", got=self.size, expected="an integer of at least 1")
-
-    def __str__(self) -> str:
-        return f"block{self.size} {self.sparsity:.4g}"
-
-
-@dataclass(frozen=True)
-class Structured(Pattern):
-    """Whole input channels leave, for all rows and kernel positions together (as in ZipLM, arXiv 2302.04089).
-
-    Args:
-        sparsity: Fraction of input channels that become zero, in [0, 1).
-    """
-
-    sparsity: float = 0.5
-
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
-
-    def __str__(self) -> str:
-        return f"structured {self.sparsity:.4g}"
-
-
-def parse_pattern(value: Union[str, float, Pattern]) -> Pattern:
-    """Turn the shorthand of a stage into a pattern: ``"2:4"`` is ``NM(2, 4)``, ``0.5`` is ``Unstructured(0.5)``.
-
-    Raises:
-        SpecError: The value is neither a pattern, a fraction, nor two integers with a colon.
-    """
-    if isinstance(value, Pattern):
-        return value
-    if isinstance(value, str):
-        head, colon, tail = value.partition(":")
-        try:
-            return NM(int(head), int(tail)) if colon else Unstructured(float(value))
-        except ValueError as error:
-            if isinstance(error, SpecError):
-                raise
-            raise SpecError(
-                "A pattern cannot be read",
-                got=repr(value),
-                expected='"n:m" such as "2:4", or a fraction such as 0.5',
-                remedy="use NM(n, m) or Unstructured(sparsity) to be explicit",
-            ) from None
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not 0 <= value < 1:
-            raise SpecError(
-                "A pattern given as a number lies outside [0, 1)",
-                got=value,
-                expected="a fraction of zeros such as 0.5",
-                remedy='YAML reads an unquoted 2:4 as the number 124; write the pattern in quotes, "2:4"',
-            )
-        return Unstructured(float(value))
-    raise SpecError("A pattern has the wrong type", got=type(value).__name__, expected="str, float or Pattern")
-
-
-@dataclass(frozen=True)
-class IntGrid:
-    """An integer quantization grid (paper, section 5 and appendix).
-
-    Args:
-        bits: Bit width, 1 to 8. Symmetric grids need at least 2.
-        symmetric: Range symmetric around zero, with the zero point fixed in the middle of the codes.
-        granularity: One scale per ``"tensor"``, per output ``"channel"`` or per ``"group"`` of input channels.
-        group_size: Input channels per group; needed by, and only by, ``granularity="group"``.
-        scale: Range search: ``"minmax"``, ``"mse"`` (shrink factors, error norm 2.4) or ``"hessian"``
-            (least squares refit of the scale under the layer's Hessian).
-    """
-
-    bits: int = 4
-    symmetric: bool = False
-    granularity: Granularity = "channel"
-    group_size: int | None = None
-    scale: RangeSearch = "mse"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
-            raise SpecError("A bit width is not supported", got=self.bits, expected="an integer from 1 to 8")
-        if self.symmetric and self.bits < 2:
-            raise SpecError(
-                "A symmetric grid has too few bits", got=self.bits, expected="at least 2", remedy="symmetric=False"
-            )
-        if (self.granularity == "group") != (self.group_size is not None):
-            raise SpecError(
-                "granularity and group_size do not belong together",
-                got=f"granularity={self.granularity!r}, group_size={self.group_size}",
-                expected='group_size with granularity="group", and only there',
-            )
-        if self.group_size is not None and self.group_size < 1:
-            raise SpecError("group_size is too small", got=self.group_size, expected="at least 1")
-        for name, value, allowed in (
-            ("granularity", self.granularity, ("tensor", "channel", "group")),
-            ("scale", self.scale, ("minmax", "mse", "hessian")),
-        ):
-            if value not in allowed:
-                raise SpecError(f"Unknown {name}", got=repr(value), expected=f"one of {allowed}")
-
-    @property
-    def max_code(self) -> int:
-        """Largest code, ``2**bits - 1``; codes are unsigned."""
-        return 2**self.bits - 1
-
-    def __str__(self) -> str:
-        return f"int{self.bits} {'sym' if self.symmetric else 'asym'} per {self.granularity}"
-
-
-def parse_grid(value: Union[int, IntGrid]) -> IntGrid:
-    """``4`` is ``IntGrid(4)``."""
-    return value if isinstance(value, IntGrid) else IntGrid(value)
 
 
 class Stage(ABC):
@@ -212,6 +34,65 @@ class Stage(ABC):
     at: At
     layers: list[str] | None
     exclude: list[str] | None
+
+
+@dataclass(frozen=True)
+class PruneOverride:
+    """What a :class:`Prune` stage does differently in some layers; None leaves the stage's own setting.
+
+    Args:
+        pattern, damping, selection, misfit, backend, solver, refine: As for :class:`Prune`.
+    """
+
+    pattern: Union[str, float, NM, Pattern, None] = None
+    damping: Union[str, float, None] = None
+    selection: Optional[Selection] = None
+    misfit: Optional[Misfit] = None
+    backend: Optional[str] = None
+    solver: Optional[PruneSolver] = None
+    refine: Union[bool, Refine, None] = None
+
+
+@dataclass(frozen=True)
+class QuantizeOverride:
+    """What a :class:`Quantize` stage does differently in some layers; None leaves the stage's own setting.
+
+    Args:
+        grid, damping, misfit, backend, after, solver, refine: As for :class:`Quantize`.
+    """
+
+    grid: Union[int, IntGrid, None] = None
+    damping: Union[str, float, None] = None
+    misfit: Optional[Misfit] = None
+    backend: Optional[str] = None
+    after: Optional[Literal["freeze", "train"]] = None
+    solver: Optional[QuantizeSolver] = None
+    refine: Union[bool, Refine, None] = None
+
+
+def _check_overrides(stage: Any, kind: type[Any]) -> None:
+    """Turn plain mappings into overrides, and see that every one makes a stage that can be meant."""
+    known = [entry.name for entry in fields(kind)]
+    if not isinstance(stage.overrides, Mapping):
+        raise SpecError("overrides is no mapping", got=repr(stage.overrides), expected='{"stem.*": {...}}')
+    for layers, override in stage.overrides.items():
+        unknown = sorted(set(override) - set(known)) if isinstance(override, Mapping) else []
+        if unknown or not isinstance(override, (Mapping, kind)):
+            raise SpecError(
+                f"The override of {layers!r} cannot be read",
+                got=", ".join(map(str, unknown)) or repr(override),
+                expected=f"a mapping or {kind.__name__} with {', '.join(known)}",
+            )
+    made = {key: x if isinstance(x, kind) else kind(**x) for key, x in stage.overrides.items()}
+    object.__setattr__(stage, "overrides", made)
+    for override in made.values():
+        overridden(stage, override)
+
+
+def overridden(stage: Any, override: Any) -> Any:
+    """The stage as it is for the layers of one of its overrides."""
+    given = {entry.name: getattr(override, entry.name) for entry in fields(override)}
+    return replace(stage, overrides={}, **{name: value for name, value in given.items() if value is not None})
 
 
 def _check_damping(damping: Union[str, float]) -> None:
@@ -265,6 +146,19 @@ def _check_schedule(stage: Prune) -> None:
         )
 
 
+def _parsed(override: PruneOverride) -> Pattern:
+    assert override.pattern is not None
+    return parse_pattern(override.pattern)
+
+
+def _at_step(final: Pattern, schedule: Gradual, step: int) -> Pattern:
+    """The pattern of one step of a gradual schedule; the last step's is the final one itself."""
+    assert isinstance(final, (Unstructured, Block, Structured))
+    if step == schedule.steps - 1:
+        return final
+    return replace(final, sparsity=schedule.sparsities(final.sparsity)[step])
+
+
 @dataclass(frozen=True)
 class Prune(Stage):
     """Prune the selected layers to a sparsity pattern.
@@ -273,7 +167,7 @@ class Prune(Stage):
         pattern: ``"2:4"``, ``0.5``, or a :class:`Pattern`.
         at: When the callback runs the stage (ignored by :func:`lightning_obc.compress`): ``"train_start"``,
             ``"train_end"``, ``"validate"``, ``{"epoch": k}`` (before epoch ``k``, counted from 0), ``{"step": k}``
-            (after optimizer step ``k``).
+            (after optimizer step ``k``), or a :class:`~lightning_obc.schedules.Plateau` of a metric.
         layers: Names, globs or type names of the layers; ``None`` means every supported layer.
         exclude: Names, globs or type names to leave out.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"``.
@@ -284,6 +178,11 @@ class Prune(Stage):
         solver: ``"obs"``, or another method for comparison.
         refine: Swap kept for removed weights afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
             Unstructured and N:M patterns only.
+        edges: ``"skip"`` leaves the first and the last layer of the model alone: those that the first calibration
+            batch reaches first and last (where there is no data yet, in the order of the modules). Embeddings are not
+            counted.
+        overrides: By name, glob or type name of layers: what is different there, as a :class:`PruneOverride` or a
+            mapping of its fields, such as ``{"stem.*": {"pattern": 0.3}}``. Of several that match, later ones win.
     """
 
     pattern: Union[str, float, NM, Pattern]
@@ -297,6 +196,8 @@ class Prune(Stage):
     schedule: Gradual | None = None
     solver: PruneSolver = "obs"
     refine: Union[bool, Refine] = False
+    edges: Literal["same", "skip"] = "same"
+    overrides: dict[str, PruneOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parse_pattern(self.pattern)
@@ -308,6 +209,8 @@ class Prune(Stage):
         _check_schedule(self)
         check_solver(self.solver, self.refine, quantize=False)
         check_refinable(self.parsed, parse_refine(self.refine))
+        _check_choice("edges", self.edges, ("same", "skip"))
+        _check_overrides(self, PruneOverride)
 
     @property
     def parsed(self) -> Pattern:
@@ -317,16 +220,19 @@ class Prune(Stage):
         """The single prunings that this stage means: itself, or one per step of its schedule."""
         if self.schedule is None:
             return [self]
-        final, (unit, start) = self.parsed, next(iter(times(self.at)))
-        assert isinstance(final, (Unstructured, Block, Structured))
+        unit, start = next(iter(times(self.at)))
         return [
             replace(
                 self,
-                pattern=final if i == self.schedule.steps - 1 else replace(final, sparsity=sparsity),
+                pattern=_at_step(self.parsed, self.schedule, i),
                 at={unit: start + i * self.schedule.every},
                 schedule=None,
+                overrides={
+                    name: x if x.pattern is None else replace(x, pattern=_at_step(_parsed(x), self.schedule, i))
+                    for name, x in self.overrides.items()
+                },
             )
-            for i, sparsity in enumerate(self.schedule.sparsities(final.sparsity))
+            for i in range(self.schedule.steps)
         ]
 
     def __str__(self) -> str:
@@ -349,6 +255,10 @@ class Quantize(Stage):
             ``"train"`` goes on training them with a straight-through estimator, always on their grid.
         solver: ``"obs"``, or another method for comparison.
         refine: Coordinate descent on the codes afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
+        edges: Bit width of the first and the last layer of the model, or ``"skip"`` to leave them alone; see
+            :class:`Prune`.
+        overrides: By name, glob or type name of layers: what is different there, as a :class:`QuantizeOverride` or a
+            mapping of its fields, such as ``{"head": {"grid": 8}}``. Of several that match, later ones win.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)
@@ -361,6 +271,8 @@ class Quantize(Stage):
     after: Literal["freeze", "train"] = "freeze"
     solver: QuantizeSolver = "obs"
     refine: Union[bool, Refine] = False
+    edges: Union[Literal["same", "skip"], int] = "same"
+    overrides: dict[str, QuantizeOverride] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parse_grid(self.grid)
@@ -371,6 +283,11 @@ class Quantize(Stage):
         check_solver(self.solver, self.refine, quantize=True)
         if self.after not in ("freeze", "train"):
             raise SpecError("Quantize.after is unknown", got=repr(self.after), expected='"freeze" or "train"')
+        if isinstance(self.edges, str):
+            _check_choice("edges", self.edges, ("same", "skip"))
+        else:
+            replace(self.parsed, bits=self.edges)
+        _check_overrides(self, QuantizeOverride)
 
     @property
     def parsed(self) -> IntGrid:

@@ -17,6 +17,7 @@ LEAVES = {
     "correction_spec",
     "solvers",
     "specs",
+    "patterns",
     "grids",
     "grid_fitting",
     "hessian",
@@ -29,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "schedules": {"errors"},
     "solvers": {"errors"},
     "calibration_spec": {"errors"},
-    "specs": {"errors", "schedules", "solvers", "calibration_spec"},
+    "patterns": {"errors"},
+    "specs": {"errors", "schedules", "solvers", "calibration_spec", "patterns"},
     "correction_spec": {"errors", "schedules", "specs"},
     "hessian": {"errors"},
     "grids": {"specs", "errors"},
@@ -46,13 +48,15 @@ ALLOWED: dict[str, set[str]] = {
     "export": LEAVES | {"layers", "obs", "activations"},
     "report": LEAVES | {"layers", "obs"},
     "metrics": LEAVES | {"layers", "obs"},
-    "planning": LEAVES | {"layers", "calibration", "obs", "report", "correction"},
+    "layerwise": LEAVES | {"layers", "calibration"},
+    "planning": LEAVES | {"layerwise", "layers", "calibration", "obs", "report", "correction"},
     "solving": LEAVES | {"obs", "baselines"},
-    "forecast": LEAVES | {"planning", "layers", "calibration", "obs"},
+    "forecast": LEAVES | {"layerwise", "planning", "layers", "calibration", "obs"},
     "store": LEAVES | {"obs"},
     "pipeline": LEAVES
     | {
         "store",
+        "layerwise",
         "planning",
         "solving",
         "layers",
@@ -67,6 +71,7 @@ ALLOWED: dict[str, set[str]] = {
     "callbacks": LEAVES
     | {
         "store",
+        "layerwise",
         "planning",
         "forecast",
         "pipeline",

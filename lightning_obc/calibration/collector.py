@@ -74,6 +74,11 @@ class Collector:
         """Names of the layers in the order in which the first batch reaches them; those that it misses come last."""
         return list(self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward)))
 
+    def reached(self, layers: Mapping[str, nn.Module]) -> list[str]:
+        """Names of the layers that the first batch reaches, in the order in which it does."""
+        found = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+        return [name for name, inputs in found.items() if inputs]
+
     def fed_from_outside(self, layers: Mapping[str, nn.Module]) -> set[str]:
         """Names of the layers whose inputs none of these layers has a part in, as the first batch shows.
 

@@ -39,6 +39,17 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def validation_metrics(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """What the validation that ends now has logged; ``trainer.callback_metrics`` has older metrics too."""
+    results = trainer._results
+    return {} if results is None else dict(results.metrics(on_step=False)["callback"])
+
+
+def validates(trainer: Trainer) -> bool:
+    """True when the training has validations."""
+    return trainer.enable_validation and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+
+
 def calibration_source(trainer: Trainer) -> Any:
     """Where calibration data comes from: ``calibration_dataloader()`` of the datamodule or module, or the train loader.
 

@@ -17,11 +17,13 @@ from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
-from lightning_obc.callbacks.passes import checked_plans, collector, references
+from lightning_obc.callbacks.passes import checked_plans, collector, edges, follow, references
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
     Timetable,
+    any_of,
     at_epoch,
+    at_plateau,
     at_step,
     at_train_end,
     at_train_start,
@@ -32,6 +34,7 @@ from lightning_obc.callbacks.timetable import (
 from lightning_obc.correction import DenseReference
 from lightning_obc.correction_spec import Correct
 from lightning_obc.layers import unsupported_layers
+from lightning_obc.layerwise import Edges
 from lightning_obc.pipeline import correct_after, plan_stage, run_stage
 from lightning_obc.report import CompressionReport
 from lightning_obc.report.tables import correction_table
@@ -43,7 +46,8 @@ class OBCCallback(Callback):
     """Compress a model with Optimal Brain Compression (arXiv 2208.11580) while, after or without training it.
 
     ``at`` of a stage says when it runs: ``"train_start"``, ``{"epoch": k}`` (before epoch ``k``, counted from 0),
-    ``{"step": k}`` (after optimizer step ``k``), ``"train_end"``, or ``"validate"`` (in ``trainer.validate``).
+    ``{"step": k}`` (after optimizer step ``k``), ``"train_end"``, ``"validate"`` (in ``trainer.validate``), or when a
+    metric has stopped improving (:class:`~lightning_obc.schedules.Plateau`).
 
     The zeros of a pruned layer, and the grid of a quantized one, hold through every later optimizer step. State-dict
     keys never change: checkpoints load into the plain LightningModule, with or without this callback.
@@ -89,6 +93,7 @@ class OBCCallback(Callback):
         self._module: Optional[ref[LightningModule]] = None
         self._hooks: list[Any] = []
         self._trained = False
+        self._edges: Optional[Edges] = None
         self._figures: dict[str, tuple[float, float]] = {}
         check_order(self._state.timetable.stages)
 
@@ -146,7 +151,9 @@ class OBCCallback(Callback):
             check_order(self._state.timetable.stages, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        checked_plans(trainer, pl_module, self, self._state.timetable.open())
+        left = self._state.timetable.open()
+        self._edges = edges(trainer, pl_module, self.calibration, left)
+        checked_plans(trainer, pl_module, self, left, self._edges)
         if self.store is not None:
             SolutionStore(self.store)
 
@@ -160,7 +167,13 @@ class OBCCallback(Callback):
         self._run_due(trainer, pl_module, at_train_start)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_due(trainer, pl_module, at_epoch(trainer.current_epoch))
+        self._run_due(trainer, pl_module, any_of(at_epoch(trainer.current_epoch), self._at_plateau))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._run_due(trainer, pl_module, self._at_plateau)
+
+    def _at_plateau(self, stage: Stage) -> bool:
+        return at_plateau(self._state.watch.reached)(stage)
 
     def _after_step(self, *_: Any) -> None:
         self._state.held.apply_()
@@ -173,12 +186,14 @@ class OBCCallback(Callback):
         self._run_due(trainer, pl_module, at_step(trainer.global_step))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        follow(trainer, self._state.timetable, self._state.watch, validation=False)
         figures = model_figures(pl_module, self._state.held.layers)
         pl_module.log_dict({**figures, "obc/stage": float(len(self._state.timetable.done))})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         everything = compat.fast_dev_run(trainer)
-        self._run_due(trainer, pl_module, (lambda _: True) if everything else at_train_end)
+        due = any_of(at_train_end, self._at_plateau)
+        self._run_due(trainer, pl_module, (lambda _: True) if everything else due)
         left = self._state.timetable.open()
         if left:
             rank_zero_warn(
@@ -204,6 +219,8 @@ class OBCCallback(Callback):
             self._run_due(trainer, pl_module, at_validate, fitting=False)
             if len(self._state.timetable.done) > before:
                 self._finish(trainer, pl_module)
+        elif not trainer.sanity_checking:
+            follow(trainer, self._state.timetable, self._state.watch, validation=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
@@ -230,6 +247,8 @@ class OBCCallback(Callback):
             if not self._state.timetable.started:
                 self._measure_dense(trainer)
             collect = collector(trainer, module, self.calibration, display)
+            if not fitting:
+                self._edges = edges(trainer, module, self.calibration, list(stages.values()))
             dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
             for index, stage in stages.items():
                 figures: dict[str, float] = {}
@@ -237,7 +256,7 @@ class OBCCallback(Callback):
                     self._correct(module, stage, collect, dense[index])
                 else:
                     figures = self._compress(module, index, collect, display)
-                self._state.timetable.done.append(index)
+                self._state.finish(index)
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
     def _measure_dense(self, trainer: Trainer) -> None:
@@ -248,15 +267,16 @@ class OBCCallback(Callback):
 
     def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
         stage = self._state.timetable.stages[index]
-        plan = plan_stage(module, stage, self.calibration)
+        plan = plan_stage(module, stage, self.calibration, self._edges)
         if self.verbose:
             module.print(f"\n{plan}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
         report = run_stage(
             module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
         )
-        for name, solution in report.solutions.items():
-            self._state.held.hold(name, plan.modules[name], stage, solution)
+        for layer in plan.layers:
+            if layer.name in report.solutions:
+                self._state.held.hold(layer.name, layer.module, layer.stage, report.solutions[layer.name])
         self._state.reports.append(report)
         if self.verbose:
             module.print(f"\n{report.table()}")

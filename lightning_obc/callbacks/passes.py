@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
@@ -12,10 +13,12 @@ from lightning_obc.calibration import Collector, calibration_batches, call_forwa
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.held import is_computed
+from lightning_obc.callbacks.plateau import PlateauWatch, monitored
+from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import DenseReference, dense_references
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ScheduleError, UnsupportedLayerError
-from lightning_obc.layers import select_layers
+from lightning_obc.layerwise import Edges, reached_edges, stage_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
 
@@ -26,7 +29,14 @@ class Staged(Protocol):
     stages: list[Any]
 
 
-def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, stages: Sequence[Stage]) -> None:
+def edges(trainer: Trainer, module: LightningModule, spec: Calibration, stages: Sequence[Stage]) -> Edges | None:
+    """The layers that calibration batches reach first and last, where a stage treats them apart."""
+    return reached_edges(module, stages, lambda: collector(trainer, module, spec, Display(trainer)))
+
+
+def checked_plans(
+    trainer: Trainer, module: LightningModule, callback: Staged, stages: Sequence[Stage], edges: Edges | None
+) -> None:
     """Find out now, not after an hour of training, what would stop a stage.
 
     Raises:
@@ -35,14 +45,14 @@ def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, s
     """
     if not stages:
         return
-    check_schedule(module, stages)
+    check_schedule(module, stages, edges)
     for stage in stages:
-        plan_stage(module, stage)
-    _check_holdable(module, stages)
-    mine = _layers(module, stages)
+        plan_stage(module, stage, edges=edges)
+    _check_holdable(module, stages, edges)
+    mine = _layers(module, stages, edges)
     for other in compat.callbacks(trainer):
         if isinstance(other, type(callback)) and other is not callback:
-            shared = sorted(mine & _layers(module, other.stages))
+            shared = sorted(mine & _layers(module, other.stages, edges))
             if shared:
                 raise ScheduleError(
                     "Two callbacks compress the same layers",
@@ -52,16 +62,16 @@ def checked_plans(trainer: Trainer, module: LightningModule, callback: Staged, s
                 )
 
 
-def _layers(module: nn.Module, stages: Sequence[Stage]) -> set[str]:
-    return {name for stage in _compressing(stages) for name in select_layers(module, stage.layers, stage.exclude)}
+def _layers(module: nn.Module, stages: Sequence[Stage], edges: Edges | None) -> set[str]:
+    return {name for stage in _compressing(stages) for name in stage_layers(module, stage, edges)}
 
 
 def _compressing(stages: Sequence[Stage]) -> list[Stage]:
     return [stage for stage in stages if not isinstance(stage, Correct)]
 
 
-def _check_holdable(module: nn.Module, stages: Sequence[Stage]) -> None:
-    layers = [select_layers(module, stage.layers, stage.exclude) for stage in _compressing(stages)]
+def _check_holdable(module: nn.Module, stages: Sequence[Stage], edges: Edges | None) -> None:
+    layers = [stage_layers(module, stage, edges) for stage in _compressing(stages)]
     computed = sorted({name for found in layers for name, layer in found.items() if is_computed(layer)})
     if computed:
         raise UnsupportedLayerError(
@@ -70,6 +80,25 @@ def _check_holdable(module: nn.Module, stages: Sequence[Stage]) -> None:
             expected="weights that are parameters of their own",
             remedy="exclude them, remove their parametrization, or compress after training",
         )
+
+
+def follow(trainer: Trainer, timetable: Timetable, watch: PlateauWatch, *, validation: bool) -> None:
+    """Look at the metric that the next stage waits for: after a validation, or at the end of an epoch.
+
+    Raises:
+        ScheduleError: Neither validation nor training logs it.
+    """
+    logged = compat.validation_metrics(trainer) if validation else trainer.callback_metrics
+    if validation:
+        watch.validated = (watch.validated or set()) | set(logged)
+    plateau = timetable.next_plateau()
+    if plateau is None or (plateau.monitor in (watch.validated or ())) != validation:
+        # At the end of an epoch, what a validation logged has been looked at, or is left from an earlier epoch.
+        return
+    if plateau.monitor not in logged and watch.validated is None and compat.validates(trainer):
+        return
+    value = trainer.strategy.reduce(torch.tensor(monitored(plateau, logged)), reduce_op="mean")
+    watch.observe(plateau, float(value), trainer.global_step)
 
 
 def collector(trainer: Trainer, module: LightningModule, spec: Calibration, display: Display) -> Collector:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_obc.callbacks.held import HeldWeights
+from lightning_obc.callbacks.plateau import PlateauWatch
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import CorrectionReport
 from lightning_obc.errors import FingerprintError
@@ -29,6 +30,7 @@ class RunState:
         dense: Validation figures of the model before the first stage.
         dense_when: When they were measured.
         dense_step: Optimizer steps at that time.
+        watch: The metric that the next stage waits for.
     """
 
     timetable: Timetable
@@ -38,6 +40,13 @@ class RunState:
     dense: dict[str, float] = field(default_factory=dict)
     dense_when: str = ""
     dense_step: int = 0
+    watch: PlateauWatch = field(default_factory=PlateauWatch)
+
+    def finish(self, index: int) -> None:
+        """A stage is done; metrics that the next one waits for are those of another model."""
+        self.timetable.done.append(index)
+        if self.timetable.next_plateau() != self.timetable.stages[index].at:
+            self.watch.restart()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only."""
@@ -50,6 +59,7 @@ class RunState:
             "dense": dict(self.dense),
             "dense_when": self.dense_when,
             "dense_step": self.dense_step,
+            "watch": self.watch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -72,6 +82,7 @@ class RunState:
         self.reports = [_report_from(entry) for entry in state["reports"]]
         self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
         self.dense_step = state["dense_step"]
+        self.watch.load_state_dict(state.get("watch", {}))
 
 
 def _report_from(entry: Mapping[str, Any]) -> StageReport:

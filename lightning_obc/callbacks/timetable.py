@@ -30,13 +30,6 @@ def check_order(stages: Sequence[Stage], *, max_epochs: int | None = None, max_s
         ScheduleError: A time that comes before that of an earlier stage, or after the end of the training.
     """
     _check_corrections(stages)
-    waiting = [stage for stage in stages if isinstance(stage.at, Plateau)]
-    if waiting:
-        raise ScheduleError(
-            "A stage cannot wait for a plateau yet",
-            got="; ".join(f"{stage} at {stage.at}" for stage in waiting),
-            expected='"train_start", "train_end", "validate", {"epoch": k} or {"step": k}',
-        )
     training = [stage for stage in stages if stage.at != "validate"]
     last: dict[str, tuple[int, Stage]] = {}
     rank = (0, training[0]) if training else None
@@ -115,6 +108,11 @@ class Timetable:
         """Stages of the training that have not run."""
         return [s for index, s in enumerate(self.stages) if index not in self.done and s.at != "validate"]
 
+    def next_plateau(self) -> Plateau | None:
+        """The plateau that the next stage of the training waits for, if it does."""
+        left = self.open()
+        return left[0].at if left and isinstance(left[0].at, Plateau) else None
+
     @property
     def started(self) -> bool:
         return bool(self.done)
@@ -126,15 +124,30 @@ def at_train_start(stage: Stage) -> bool:
 
 def at_epoch(epoch: int) -> Callable[[Stage], bool]:
     """Due at the start of an epoch; also when their epoch is already over, as after resuming a dense checkpoint."""
-    return lambda stage: stage.at == "train_start" or any(u == "epoch" and n <= epoch for u, n in times(stage.at))
+
+    def is_due(stage: Stage) -> bool:
+        if isinstance(stage.at, Plateau):
+            return stage.at.latest is not None and stage.at.latest <= epoch
+        return stage.at == "train_start" or any(u == "epoch" and n <= epoch for u, n in times(stage.at))
+
+    return is_due
 
 
 def at_step(step: int) -> Callable[[Stage], bool]:
     return lambda stage: any(unit == "step" and number <= step for unit, number in times(stage.at))
 
 
+def at_plateau(reached: Callable[[Plateau], bool]) -> Callable[[Stage], bool]:
+    return lambda stage: isinstance(stage.at, Plateau) and reached(stage.at)
+
+
 def at_train_end(stage: Stage) -> bool:
-    return stage.at == "train_end"
+    """Also due: what had to run at the latest in an epoch that never came."""
+    return stage.at == "train_end" or (isinstance(stage.at, Plateau) and stage.at.latest is not None)
+
+
+def any_of(*times_of: Callable[[Stage], bool]) -> Callable[[Stage], bool]:
+    return lambda stage: any(is_due(stage) for is_due in times_of)
 
 
 def at_validate(stage: Stage) -> bool:

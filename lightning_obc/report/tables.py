@@ -36,8 +36,9 @@ def stage_table(stage: StageReport) -> str:
     inherited = [layer.inherited for layer in stage.layers if layer.compressed and layer.inherited is not None]
     if inherited:
         note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
+    apart = [f"differently: {layer.name} by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage]
     left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
-    return "\n".join([render(title, COLUMNS, rows), note, *left])
+    return "\n".join([render(title, COLUMNS, rows), note, *apart, *left])
 
 
 def correction_table(correction: CorrectionReport) -> str:

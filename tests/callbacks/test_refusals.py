@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from small import Small, loader, quiet_trainer
 
 import lightning_obc as obc
-from lightning_obc.errors import BackendError, EmptyCalibrationError, FingerprintError, ScheduleError, StrategyError
-from lightning_obc.schedules import Plateau
+from lightning_obc.errors import BackendError, EmptyCalibrationError, FingerprintError, StrategyError
 
 SPEC = obc.Calibration(samples=48)
 
@@ -64,11 +63,6 @@ def test_a_pruned_checkpoint_can_be_quantized_without_training(tmp_path: Path) -
     assert [row.bits for row in again.report.layers.values()] == [4, 4]
     assert max(len(row.unique()) for row in rows) <= 16
     assert bool(((rows.reshape(-1, 4) != 0).sum(1) <= 2).all())
-
-
-def test_a_plateau_is_refused_as_long_as_it_does_not_work() -> None:
-    with pytest.raises(ScheduleError, match="plateau"):
-        obc.OBCCallback([obc.Prune("2:4", at=Plateau("val_loss"))])
 
 
 def test_a_saved_file_is_never_overwritten(tmp_path: Path) -> None:
