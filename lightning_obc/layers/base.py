@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_obc.errors import ShapeError, UnsupportedLayerError
-from lightning_obc.layers.parametrized import write_parametrized_
+from lightning_obc.layers.parametrized import parametrized_value, write_parametrized_
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LayerAdapter(ABC):
 
     def current(self, module: nn.Module) -> Tensor:
         """The weight's value, in the layout of the module; may be a computed tensor, so never write to it."""
-        return cast(Tensor, module.weight)
+        return parametrized_value(module) if is_parametrized(module, "weight") else cast(Tensor, module.weight)
 
     def owner(self, module: nn.Module) -> nn.Module:
         """The module whose forward pass receives the inputs; hooks go there."""

@@ -11,9 +11,11 @@ from adapter_checks import accumulated, assert_predicts_output_error, measured_h
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+import lightning_obc as obc
 from lightning_obc.calibration import collect_hessians
 from lightning_obc.errors import UnsupportedLayerError
 from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
+from lightning_obc.layers.linear import LinearAdapter
 
 LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any], tuple[int, ...]]] = {
     "conv1d": (nn.Conv1d, {"kernel_size": 3, "stride": 2, "dilation": 2, "padding": 3, "groups": 2}, (9,)),
@@ -125,24 +127,54 @@ def test_weight_norm_can_be_compressed(make_layer: Any) -> None:
 
 
 def test_a_parametrization_that_cannot_hold_the_weight_is_refused_unchanged() -> None:
-    layer = nn.Linear(4, 4)
+    layer, adapter = nn.Linear(4, 4), LinearAdapter()
     parametrize.register_parametrization(layer, "weight", Symmetric())
     before = {name: value.clone() for name, value in layer.state_dict().items()}
-    matrix = adapter_for(layer).weight_matrix(layer)
+    matrix = adapter.weight_matrix(layer)
     matrix[0, 0, 3] = 0
     with pytest.raises(UnsupportedLayerError, match="Symmetric"):
-        adapter_for(layer).write_weight_(layer, matrix)
+        adapter.write_weight_(layer, matrix)
     assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
     symmetric = 0.5 * (matrix + matrix.mT)
-    adapter_for(layer).write_weight_(layer, symmetric)
+    adapter.write_weight_(layer, symmetric)
     assert torch.equal(layer.weight, symmetric[0])
+    # PyTorch would let the parameter live in the memory of what it was set to.
+    symmetric.zero_()
+    assert bool(layer.weight.any())
 
 
-def test_a_parametrization_without_inverse_is_listed() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
-    parametrize.register_parametrization(model[0], "weight", NoInverse())
+COMPUTED: dict[str, tuple[Any, str]] = {
+    "no inverse": (lambda x: parametrize.register_parametrization(x, "weight", NoInverse()), "NoInverse has no right"),
+    "symmetric": (lambda x: parametrize.register_parametrization(x, "weight", Symmetric()), "Symmetric cannot hold"),
+    "spectral": (parametrizations.spectral_norm, "_SpectralNorm cannot hold"),
+    "orthogonal": (parametrizations.orthogonal, "_Orthogonal cannot hold"),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_parametrizations_that_cannot_hold_every_weight_are_left_dense_with_the_reason(name: str) -> None:
+    register, reason = COMPUTED[name]
+    model = nn.Sequential(register(nn.Linear(4, 4)), parametrizations.weight_norm(nn.Linear(4, 4)))
+    before, x, state = copy.deepcopy(model.state_dict()), torch.randn(3, 4), torch.get_rng_state()
     assert list(select_layers(model)) == ["1"]
-    assert unsupported_layers(model) == {"0": "its parametrization NoInverse has no right_inverse"}
+    assert reason in unsupported_layers(model)["0"]
+    assert reason in str(obc.plan(model, obc.Prune(0.5), x))
+    assert torch.equal(torch.get_rng_state(), state)
+    # Spectral normalisation in training mode changes its buffers whenever its weight is read.
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "dim"), [(nn.Linear, 0), (nn.Linear, None), (nn.ConvTranspose1d, 0)])
+def test_weight_norm_holds_slices_of_zeros(kind: Any, dim: int | None) -> None:
+    """A slice without a direction would be 0 / 0."""
+    layer = kind(4, 4) if kind is nn.Linear else kind(4, 4, 3)
+    parametrizations.weight_norm(layer, dim=dim)
+    adapter = adapter_for(layer)
+    pruned = adapter.to_matrix_layout(layer, layer.weight.detach().clone().index_fill_(0, torch.tensor([1, 3]), 0))
+    for matrix in (pruned, torch.zeros_like(pruned), pruned):
+        adapter.write_weight_(layer, matrix)
+        torch.testing.assert_close(adapter.weight_matrix(layer), matrix, rtol=1e-6, atol=0)
 
 
 def test_tied_weights_are_one_problem_with_joined_statistics() -> None:
