@@ -76,7 +76,7 @@ def test_without_sparsity_every_bit_stays(name: str) -> None:
 
 
 def on_a_grid(shape: tuple[int, ...]) -> Tensor:
-    """Weights ``[g, R, d]`` on 8-bit grids per row, which their lowest and highest value span; steps are powers of 2."""
+    """Weights ``[g, R, d]`` on 8-bit grids per row, with both ends in use and powers of 2 as steps."""
     codes = torch.randint(0, 256, shape)
     codes[..., 0], codes[..., 1] = 0, 255
     zeros = torch.randint(0, 256, (*shape[:-1], 1))
@@ -109,7 +109,7 @@ def test_a_network_runs_before_and_after_and_the_plan_is_kept(name: str) -> None
     assert unsupported_layers(model) == {}
     dense = [model(batch) for batch in batches]
     report = run(model, batches, stages)
-    assert [set(layer.name for layer in stage.layers) for stage in report.stages] == [pruned, quantized]
+    assert [{layer.name for layer in stage.layers} for stage in report.stages] == [pruned, quantized]
     assert list(model.state_dict()) == keys
     assert [id(p) for p in model.parameters()] == parameters
     for batch, output in zip(batches, dense, strict=True):
