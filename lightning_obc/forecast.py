@@ -91,7 +91,7 @@ class Plan:
 
     def __str__(self) -> str:
         parts = [str(stage) for stage in self.stages]
-        left = [f"left dense: {name} ({reason})" for name, reason in self.left_dense.items()]
+        left = [f"left dense: {name or 'the model itself'} ({reason})" for name, reason in self.left_dense.items()]
         speeds = [
             f"times are estimates from one small sweep on this machine, {speed / 1e9:.3g} Gflop/s (backend {name!r})"
             for name, speed in self.speeds.items()

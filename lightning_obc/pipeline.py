@@ -154,12 +154,13 @@ class _StageRun:
         self.recentred = self._recentred(group)
         for part in within_memory(group, self.spec):
             statistics = self._statistics(part)
-            _check_finite(part, statistics)
-            self.samples = sum(statistics[part[0].name].samples)
+            _check_finite(statistics)
+            self.samples = sum(next(iter(statistics.values())).samples) if statistics else self.samples
             for layer in part:
                 if self.progress is not None:
                     self.progress(f"{self.stage}: {layer.name}", self.done, self.total)
-                self.outcomes[layer.name] = self._solved(layer, statistics.pop(layer.name))
+                if layer.name in statistics:
+                    self.outcomes[layer.name] = self._solved(layer, statistics.pop(layer.name))
                 self.done += layer.sweep_flops
 
     def _recentred(self, group: Sequence[LayerPlan]) -> set[str]:
@@ -173,7 +174,10 @@ class _StageRun:
     def _statistics(self, part: Sequence[LayerPlan]) -> dict[str, Hessian | PairedHessian]:
         modules = {layer.name: layer.module for layer in part}
         if self.spec.paired and isinstance(self.collect, Collector):
-            return dict(self.collect.paired(modules, self.dense))
+            unfit: dict[str, OBCError] | None = {} if self.on_failure == "keep" else None
+            started, found = time.perf_counter(), self.collect.paired(modules, self.dense, unfit)
+            self.outcomes |= {name: self._kept(error, started) for name, error in (unfit or {}).items()}
+            return dict(found)
         return dict(self.collect(modules))
 
     def _solved(self, layer: LayerPlan, statistic: Hessian | PairedHessian) -> _Outcome:
@@ -255,8 +259,8 @@ def _damping(stage: Stage) -> float:
     return damping if isinstance(damping, (int, float)) else _RECENTRING_DAMPING
 
 
-def _check_finite(part: Sequence[LayerPlan], statistics: Mapping[str, Hessian | PairedHessian]) -> None:
-    bad = [layer.name for layer in part if not _finite(statistics[layer.name])]
+def _check_finite(statistics: Mapping[str, Hessian | PairedHessian]) -> None:
+    bad = [name for name, statistic in statistics.items() if not _finite(statistic)]
     if bad:
         raise NonFiniteError(
             "Calibration statistics hold NaN or Inf",

@@ -94,6 +94,10 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     except OBCError:
         raise  # Of a hook: it says already what is wrong, and where.
+    except (RuntimeError, ValueError, KeyError) as error:
+        # The model's own errors keep their type; what led to them is ours to say.
+        error.add_note(f"While a calibration batch went through the model: {_sent(batch, inputs)}")
+        raise
     except (TypeError, NotImplementedError) as error:
         raise CalibrationError(
             "A calibration batch cannot be sent through the model",
@@ -101,6 +105,16 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
             expected="a forward that takes the first element of a batch, or the entries of a mapping by name",
             remedy="give the model a calibration_step(batch), or pass forward=",
         ) from error
+
+
+def _sent(batch: Any, inputs: Any) -> str:
+    """What the forward was called with, and how to change that."""
+    if isinstance(inputs, Mapping):
+        what = f"the entries {', '.join(map(repr, inputs))} of a mapping"
+    else:
+        first = "the first element of a sequence, " if isinstance(batch, (list, tuple)) else ""
+        what = f"{first}a {type(inputs).__name__}" + (f" of {inputs.dtype}" if isinstance(inputs, Tensor) else "")
+    return f"its forward got {what}. Give the model a calibration_step(batch), or pass forward=, to call it otherwise."
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -133,12 +133,17 @@ class Gathering(Generic[Accumulator]):
     def check_reached(self) -> None:
         missing = [name for name in self.statistics if name not in self.reached]
         if missing:
-            raise LayerNotReachedError(
-                "No calibration batch passed through some of the layers",
-                got=", ".join(missing),
-                expected="every selected layer to be called in the forward pass",
-                remedy="exclude them, or give the model a calibration_step that calls them",
-            )
+            raise not_reached(missing)
+
+
+def not_reached(names: Sequence[str]) -> LayerNotReachedError:
+    """The error of layers that no batch passes through."""
+    return LayerNotReachedError(
+        "No calibration batch passed through some of the layers",
+        got=", ".join(names),
+        expected="every selected layer to be called in the forward pass",
+        remedy="exclude them, or give the model a calibration_step that calls them",
+    )
 
 
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:

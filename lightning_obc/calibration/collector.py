@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration.collect import Forward, Progress, batch_runner, collect_hessians
+from lightning_obc.calibration.collect import Forward, Progress, batch_runner, collect_hessians, not_reached
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.memory import on_host
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
-from lightning_obc.errors import CalibrationError, EmptyCalibrationError
+from lightning_obc.errors import CalibrationError, EmptyCalibrationError, OBCError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
@@ -49,9 +49,11 @@ class Collector:
         options = self._options | {"on_host": self._on_host(layers)}
         return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **options))
 
-    def paired(self, layers: Mapping[str, nn.Module], dense: DenseWeights) -> dict[str, PairedHessian]:
+    def paired(
+        self, layers: Mapping[str, nn.Module], dense: DenseWeights, unfit: dict[str, OBCError] | None = None
+    ) -> dict[str, PairedHessian]:
         """Paired statistics, as :func:`~lightning_obc.calibration.paired.collect_paired`."""
-        options = self._options | {"replay": self.replay, "on_host": self._on_host(layers)}
+        options = self._options | {"replay": self.replay, "on_host": self._on_host(layers), "unfit": unfit}
         return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **options))
 
     def keep_blocks(self, layers: Mapping[str, nn.Module]) -> None:
@@ -71,8 +73,12 @@ class Collector:
             self.replay.release()
 
     def order(self, layers: Mapping[str, nn.Module]) -> list[str]:
-        """Names of the layers in the order in which the first batch reaches them; those that it misses come last."""
-        return list(self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward)))
+        """Names of the layers in the order in which batches reach them; no more batches are run than that takes.
+
+        Raises:
+            LayerNotReachedError: No batch passes through some of them.
+        """
+        return self._counted(lambda batches: _order(self.model, layers, batches, self.forward))  # type: ignore[no-any-return]
 
     def reached(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers that the first batch reaches, in the order in which it does."""
@@ -118,10 +124,28 @@ class Collector:
             ) from error
 
 
+def _order(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
+) -> list[str]:
+    seen: dict[str, None] = {}
+    run, inputs = batch_runner(model, forward), LayerInputs(layers, lambda name, module, x: seen.setdefault(name))
+    empty = True
+    with traceless(model), inputs.watched(model):
+        for batch in batches:
+            empty = False
+            with inputs.one_batch():
+                run(batch)
+            if len(seen) == len(layers):
+                return list(seen)
+    if empty:
+        raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
+    raise not_reached([name for name in layers if name not in seen])
+
+
 def _first_batch(
     model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
 ) -> dict[str, list[Tensor]]:
-    """Inputs of the layers on the first batch, in the order in which it reaches them, then those that it misses."""
+    """Inputs of the layers on the first batch, none of those that it misses."""
     seen: dict[str, list[Tensor]] = {}
 
     def receive(name: str, module: nn.Module, x: Tensor) -> None:
@@ -134,7 +158,7 @@ def _first_batch(
             break
         else:
             raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
-    return seen | {name: [] for name in layers if name not in seen}
+    return {name: seen.get(name, []) for name in layers}
 
 
 def _equal(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -16,7 +16,7 @@ from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
-from lightning_obc.errors import LayerNotReachedError, ShapeError, UnsupportedLayerError
+from lightning_obc.errors import LayerNotReachedError, OBCError, ShapeError, UnsupportedLayerError
 from lightning_obc.hessian import PairedHessian
 from lightning_obc.kernels.hessian_update import symmetrise_
 from lightning_obc.layers import LayerAdapter, adapter_for
@@ -56,7 +56,8 @@ class PairedAccumulator(HessianAccumulator):
                 f"Layer {self.name!r} has an input of another shape than before the compression",
                 got=tuple(x.shape),
                 expected=str(tuple(before.shape)),
-                remedy="exclude layers whose inputs are chosen by earlier outputs, such as heads behind proposals",
+                remedy="exclude layers whose inputs are chosen by earlier outputs, such as experts or heads behind "
+                'proposals, or use Calibration(mode="independent")',
             )
         module = self._module if module is None else module
         self.update(x, module)
@@ -115,6 +116,7 @@ def collect_paired(
     progress: Progress | None = None,
     replay: Replay | None = None,
     on_host: Collection[str] = (),
+    unfit: dict[str, OBCError] | None = None,
 ) -> dict[str, PairedHessian]:
     """Statistics of layers in a model that is compressed in part.
 
@@ -133,16 +135,20 @@ def collect_paired(
         progress: Called as ``progress(description, batches done, batches in all)``.
         on_host: Names of the layers whose sums live in host memory.
         replay: Spares the batches the blocks that are finished.
+        unfit: Receives the errors of single layers, by name, and the pass goes on without these. None raises them.
 
     Raises:
         ShapeError: The input of a layer changes its shape when earlier layers are compressed.
+        LayerNotReachedError: A layer is called more or less often when earlier layers are compressed.
+        UnsupportedLayerError: An embedding looks up other rows when earlier layers are compressed.
     """
     run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
     gathering = _Pairs(
         {
             name: PairedAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
             for name, module in layers.items()
-        }
+        },
+        unfit,
     )
     inputs = LayerInputs(layers, gathering.receive)
 
@@ -162,36 +168,50 @@ def collect_paired(
             if progress is not None:
                 progress("calibration", done, count_batches(batches, rounds))
     gathering.check_reached()
-    return {name: gathering.statistics.pop(name).release_pair() for name in layers}
+    return {name: gathering.statistics.pop(name).release_pair() for name in layers if name in gathering.statistics}
 
 
 class _Pairs(Gathering[PairedAccumulator]):
     """Inputs of the first pass wait for those of the second, call by call."""
 
-    def __init__(self, statistics: dict[str, PairedAccumulator]) -> None:
+    def __init__(self, statistics: dict[str, PairedAccumulator], unfit: dict[str, OBCError] | None) -> None:
         super().__init__(statistics)
         self.recording = False
+        self._unfit = unfit
         self._waiting: dict[str, list[Tensor]] = {name: [] for name in statistics}
 
     def receive(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if name not in self.statistics:
+            return
         self.reached.add(name)
         if self.recording:
             # A copy: what follows the layer may work in place on its input.
             self._waiting[name].append(x.clone())
         elif not self._waiting[name]:
-            raise self._other_calls(name, "more calls")
+            self._drop(name, _other_calls(name, "more calls"))
         else:
-            self.statistics[name].update_pair(self._waiting[name].pop(0), x, module)
+            try:
+                self.statistics[name].update_pair(self._waiting[name].pop(0), x, module)
+            except (ShapeError, UnsupportedLayerError) as error:
+                self._drop(name, error)
 
     def check_calls(self) -> None:
-        left = next((name for name, inputs in self._waiting.items() if inputs), None)
-        if left is not None:
-            raise self._other_calls(left, "fewer calls")
+        for name in [name for name, inputs in self._waiting.items() if inputs]:
+            self._drop(name, _other_calls(name, "fewer calls"))
 
-    def _other_calls(self, name: str, got: str) -> LayerNotReachedError:
-        return LayerNotReachedError(
-            f"Layer {name!r} is not called as often as before the compression",
-            got=got,
-            expected="the same calls on the same batch",
-            remedy='exclude it, or use Calibration(mode="independent")',
-        )
+    def _drop(self, name: str, error: OBCError) -> None:
+        """Go on without a layer whose inputs cannot be compared."""
+        if self._unfit is None:
+            raise error
+        self._unfit[name] = error
+        del self.statistics[name]
+        self._waiting[name].clear()
+
+
+def _other_calls(name: str, got: str) -> LayerNotReachedError:
+    return LayerNotReachedError(
+        f"Layer {name!r} is not called as often as before the compression",
+        got=got,
+        expected="the same calls on the same batch",
+        remedy='exclude it, or use Calibration(mode="independent")',
+    )

@@ -54,9 +54,10 @@ def select_layers(
     wanted = {weight_key(supported[name]) for name in chosen} - left_out
     result = {name: module for name, module in _first_of_each(supported) if weight_key(module) in wanted}
     if not result:
+        left = [f"{name or 'the model itself'}: {reason}" for name, reason in unsupported_layers(model).items()]
         raise LayerNotFoundError(
             "No layer is left to compress",
-            got=f"layers={layers}, exclude={exclude}",
+            got=f"layers={layers}, exclude={exclude}" if supported else "; ".join(left[:5]) or type(model).__name__,
             expected=f"at least one of {_few(list(supported))}" if supported else "a model with supported layers",
         )
     return result

@@ -128,7 +128,7 @@ def left_dense(record: Record) -> list[tuple[str, str]]:
         for name, reason in (skipped | failed).items():
             note = f"{reason}{'; compressed by another stage' if name in compressed else ''}"
             found[name] = f"{found[name]}; {note}" if name in found else note
-    return list(found.items())
+    return [(name or "the model itself", reason) for name, reason in found.items()]
 
 
 def _correction(correction: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def report_table(report: CompressionReport) -> str:
             for name, (dense, small) in report.figures.items()
         ]
         parts.append(render("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
-    parts += [f"not compressible: {name} ({reason})" for name, reason in report.left_dense.items()]
+    parts += [
+        f"not compressible: {name or 'the model itself'} ({reason})" for name, reason in report.left_dense.items()
+    ]
     return "\n\n".join(parts)
 
 
