@@ -41,7 +41,7 @@ from lightning_obc.planning import (
     weight_shape,
     within_memory,
 )
-from lightning_obc.report import CompressionReport, LayerReport, StageReport
+from lightning_obc.report import CompressionReport, LayerReport, StageReport, weight_samples
 from lightning_obc.report.progress import shown
 from lightning_obc.solving import solve_layer
 from lightning_obc.specs import Calibration, Stage
@@ -380,8 +380,8 @@ def compress(
     source = calibration_batches(batches, spec)
     edges = reached_edges(model, stages, lambda: Collector(model, source, spec, forward))
     check_schedule(model, stages, edges)
-    for stage in stages:
-        plan_stage(model, stage, spec, edges)
+    plans = [str(plan_stage(model, stage, spec, edges)) for stage in stages]
+    samples = weight_samples(model)
     solved = None if store is None else SolutionStore(store)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
@@ -400,4 +400,5 @@ def compress(
             how: dict[str, Any] = {"on_failure": on_failure, "progress": report_progress, "store": kept, "plan": found}
             reports.append(run_stage(model, stage, collect, **how))
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
-    return CompressionReport(model, reports, unsupported_layers(model), figures, corrections)
+    left = unsupported_layers(model)
+    return CompressionReport(model, reports, left, figures, corrections, stages, plans, samples)

@@ -18,6 +18,7 @@ from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
 from lightning_obc.callbacks.passes import checked_plans, collector, edges, follow, references
+from lightning_obc.callbacks.recording import write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
     Timetable,
@@ -36,7 +37,7 @@ from lightning_obc.correction_spec import Correct
 from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import Edges
 from lightning_obc.pipeline import correct_after, plan_stage, run_stage
-from lightning_obc.report import CompressionReport
+from lightning_obc.report import CompressionReport, WeightSample, weight_samples
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 from lightning_obc.store import SolutionStore
@@ -64,6 +65,7 @@ class OBCCallback(Callback):
             the other checkpoints (or logs), a path puts it there, False writes none.
         compare: Measure the validation figures just before the first stage and after the last, and print them.
         verbose: Print the plan before, and the table after, each stage.
+        save_report: Write the report beside that checkpoint: Markdown, JSON, and HTML with the extra ``report``.
         store: A folder that gets every solved layer at once. When the process is killed while a stage solves, the same
             run, started again or resumed, goes on behind the last solved layer, with the same result. One folder
             serves one run: delete it before another.
@@ -81,6 +83,7 @@ class OBCCallback(Callback):
         compare: bool = True,
         verbose: bool = True,
         store: Optional[Union[str, Path]] = None,
+        save_report: bool = True,
     ) -> None:
         super().__init__()
         self.stages = list(stages)
@@ -88,6 +91,7 @@ class OBCCallback(Callback):
         self.on_failure: Literal["keep", "raise"] = on_failure
         self.save_checkpoint = save_checkpoint
         self.compare, self.verbose, self.store = compare, verbose, store
+        self.save_report = save_report
         self.checkpoint_path: Optional[Path] = None
         self._state = self._fresh()
         self._module: Optional[ref[LightningModule]] = None
@@ -95,6 +99,8 @@ class OBCCallback(Callback):
         self._trained = False
         self._edges: Optional[Edges] = None
         self._figures: dict[str, tuple[float, float]] = {}
+        self._plans: list[str] = []
+        self._samples: dict[str, WeightSample] = {}
         check_order(self._state.timetable.stages)
 
     def _fresh(self) -> RunState:
@@ -111,7 +117,16 @@ class OBCCallback(Callback):
         if module is None or not self._state.reports:
             return None
         left, state = unsupported_layers(module), self._state
-        return CompressionReport(module, list(state.reports), left, dict(self._figures), list(state.corrections))
+        return CompressionReport(
+            module,
+            list(state.reports),
+            left,
+            dict(self._figures),
+            list(state.corrections),
+            recipe=self.stages,
+            plans=list(self._plans),
+            dense=self._samples,
+        )
 
     # State in checkpoints.
     @property
@@ -245,7 +260,7 @@ class OBCCallback(Callback):
         # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
             if not self._state.timetable.started:
-                self._measure_dense(trainer)
+                self._measure_dense(trainer, module)
             collect = collector(trainer, module, self.calibration, display)
             if not fitting:
                 self._edges = edges(trainer, module, self.calibration, list(stages.values()))
@@ -259,7 +274,8 @@ class OBCCallback(Callback):
                 self._state.finish(index)
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
-    def _measure_dense(self, trainer: Trainer) -> None:
+    def _measure_dense(self, trainer: Trainer, module: LightningModule) -> None:
+        self._plans, self._samples = [], weight_samples(module)
         self._state.dense_when = f"just before the first stage ({_when(trainer)})"
         self._state.dense_step = trainer.global_step
         if self.compare:
@@ -268,8 +284,9 @@ class OBCCallback(Callback):
     def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
         stage = self._state.timetable.stages[index]
         plan = plan_stage(module, stage, self.calibration, self._edges)
+        self._plans.append(str(plan))
         if self.verbose:
-            module.print(f"\n{plan}")
+            module.print(f"\n{self._plans[-1]}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
         report = run_stage(
             module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
@@ -318,6 +335,9 @@ class OBCCallback(Callback):
             self.checkpoint_path = self._path(trainer)
             trainer.save_checkpoint(self.checkpoint_path)
             module.print(f"compressed checkpoint: {self.checkpoint_path}")
+            if self.save_report and trainer.is_global_zero and self.report is not None:
+                written = write_report(self.report, self.checkpoint_path, self.calibration)
+                module.print(f"report: {', '.join(map(str, written)) or 'none'}")
 
     def _path(self, trainer: Trainer) -> Path:
         if not isinstance(self.save_checkpoint, bool):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
@@ -33,7 +32,7 @@ from lightning_obc.export import layer_runner
 from lightning_obc.layers import is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.obs import LayerSolution
-from lightning_obc.report import report_record, save_report
+from lightning_obc.report import default_formats, report_record, save_report
 from lightning_obc.specs import Calibration
 
 
@@ -209,8 +208,8 @@ class SearchRun(Callback):
                     trade_off=result.chart(),
                     reproduce=f"recipe: {folder / f'{point.method}-{budget:g}.yaml'}",
                 )
-                formats = ["html", "md", "json"] if find_spec("jinja2") else ["md", "json"]
-                save_report(record, folder / f"compressed-{budget:g}.report", formats=formats, overwrite=True)
+                target = folder / f"compressed-{budget:g}.report"
+                save_report(record, target, formats=default_formats(), overwrite=True)
                 _restore(module, dense)
         finally:
             if result.quantizer is not None:

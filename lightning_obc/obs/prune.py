@@ -143,7 +143,7 @@ def _unstructured(
     pattern: Unstructured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
 ) -> GreedyMask:
     sweep = sweep_prepared(problem, backend, budget)
-    return GreedyMask(sweep.problem, sweep.mask(pattern.sparsity, selection), backend)
+    return GreedyMask(sweep.problem, sweep.mask(pattern.sparsity, selection), backend, curve=sweep.curve())
 
 
 @choose_mask.register

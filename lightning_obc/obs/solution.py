@@ -72,6 +72,8 @@ class LayerSolution:
         grid: Scale and zero point of a quantized solution, otherwise None.
         codes: uint8 codes, same shape as ``weight``, of a quantized solution.
         refinement: What refinement brought, or None when there was none.
+        curve: Points of the sweep that chose the mask, for unstructured patterns: sparsity, and damped loss as a share
+            of that of no weights at all. For reports; not kept by stores.
     """
 
     weight: Tensor
@@ -83,6 +85,7 @@ class LayerSolution:
     grid: Grid | None = None
     codes: Tensor | None = None
     refinement: Refinement | None = None
+    curve: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @property
     def scale(self) -> Tensor | None:

@@ -58,6 +58,25 @@ class Sweep:
         """Several levels from the one sweep."""
         return [self.solution(sparsity, selection) for sparsity in sparsities]
 
+    def curve(self, points: int = 33) -> tuple[tuple[float, float], ...]:
+        """The layer's damped loss over sparsity in the order of ``selection="heap"``, before any refit.
+
+        Args:
+            points: How many, evenly spaced over all weights that are not zero already.
+
+        Returns:
+            Pairs of sparsity in (0, 1] and loss as a share of the loss of removing everything.
+        """
+        losses = self.losses.reshape(-1, self.losses.shape[-1]).double()
+        taken = torch.sort(torch.cummax(losses, dim=1).values.flatten(), stable=True).indices
+        total = losses.flatten()[taken].cumsum(0)
+        first, last = int(self.fixed.sum()), len(total)
+        if first == last or not 0 < float(total[-1]) < float("inf"):
+            return ()
+        steps = torch.linspace(first, last - 1, points, dtype=torch.float64).round().long().unique()
+        shares = (total[steps] / total[-1]).tolist()
+        return tuple(((step + 1) / last, share) for step, share in zip(steps.tolist(), shares, strict=True))
+
 
 def sweep(
     weight: Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Union
 
@@ -71,6 +72,11 @@ def _stage(stage: dict[str, Any]) -> str:
 
 
 _FORMATS: dict[str, Callable[[Record], str]] = {"html": render_html, "md": render_markdown, "json": render_json}
+
+
+def default_formats() -> list[str]:
+    """HTML only where the extra ``report`` is installed."""
+    return ["html", "md", "json"] if find_spec("jinja2") else ["md", "json"]
 
 
 def save_report(

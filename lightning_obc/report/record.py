@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_obc.errors import FingerprintError
 from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.report.result import CompressionReport
+from lightning_obc.report.samples import WeightSample
 
 FORMAT, VERSION = "lightning_obc.report", 1
 PACKAGES = ("lightning-obc", "torch", "lightning", "numba", "triton", "numpy", "torchvision", "transformers")
@@ -31,9 +32,9 @@ def report_record(
     report: CompressionReport,
     *,
     title: str = "Compression report",
-    recipe: Sequence[Any] = (),
-    plans: Sequence[Any] = (),
-    dense: Mapping[str, Tensor] | None = None,
+    recipe: Sequence[Any] | None = None,
+    plans: Sequence[Any] | None = None,
+    dense: Mapping[str, Union[Tensor, WeightSample]] | None = None,
     curves: Mapping[str, Curve] | None = None,
     trade_off: Mapping[str, Any] | None = None,
     measured: Sequence[Mapping[str, Any]] = (),
@@ -44,25 +45,27 @@ def report_record(
     Args:
         report: The run.
         title: Heading.
-        recipe: The stages (and the calibration) as given, shown by their ``repr``.
-        plans: Plans of the stages, shown as text.
-        dense: State dict of the model before compression, for histograms of weights before.
-        curves: Loss curves of sweeps by layer: pairs of sparsity and relative error.
+        recipe: The stages as given, shown by their ``repr``; default those of the report.
+        plans: Plans of the stages, shown as text; default those of the report.
+        dense: State dict of the model before compression, or samples of its layers' weights, for histograms of weights
+            before; default what the report holds.
+        curves: Loss curves of sweeps by layer: pairs of sparsity and relative error; default those of the solutions.
         trade_off: ``{"x": name, "y": name, "points": [{"x": …, "y": …, "label": …}, …]}``.
         measured: Rows of :func:`lightning_obc.export.benchmark`, as dictionaries.
         reproduce: Command or script that repeats the run; default a call of :func:`lightning_obc.compress`.
     """
-    stages = [repr(stage) for stage in recipe]
+    stages = [repr(stage) for stage in (report.recipe if recipe is None else recipe)]
+    curves = sweep_curves(report) if curves is None else curves
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": title,
         **report.to_dict(),
         "recipe": stages,
-        "plans": [str(plan) for plan in plans],
+        "plans": [str(plan) for plan in (report.plans if plans is None else plans)],
         "sizes": sizes(report),
-        "histograms": histograms(report, dense or {}),
-        "curves": {name: [list(map(float, point)) for point in curve] for name, curve in (curves or {}).items()},
+        "histograms": histograms(report, report.dense if dense is None else dense),
+        "curves": {name: [list(map(float, point)) for point in curve] for name, curve in curves.items()},
         "trade_off": dict(trade_off) if trade_off else None,
         "measured": [dict(row) for row in measured],
         "environment": environment(),
@@ -110,7 +113,14 @@ def sizes(report: CompressionReport) -> dict[str, float]:
     return {"weights": total, "sparsity": zeros / total, "bits_per_weight": bits / total, "ratio": dense / bits}
 
 
-def histograms(report: CompressionReport, dense: Mapping[str, Tensor]) -> dict[str, Any]:
+def sweep_curves(report: CompressionReport) -> dict[str, Curve]:
+    """Loss over sparsity of the last sweep of every layer that had one."""
+    return {
+        name: solution.curve for stage in report.stages for name, solution in stage.solutions.items() if solution.curve
+    }
+
+
+def histograms(report: CompressionReport, dense: Mapping[str, Union[Tensor, WeightSample]]) -> dict[str, Any]:
     """Histograms of the weights of every compressed layer, before (where known) and after.
 
     Quantized layers are drawn in units of their grid: ``weight / scale + zero_point``, so that grid points of all rows
@@ -119,13 +129,16 @@ def histograms(report: CompressionReport, dense: Mapping[str, Tensor]) -> dict[s
     layers = select_layers(report.model) if report.solutions else {}
     found = {}
     for name, solution in report.solutions.items():
-        before = _dense_matrix(layers.get(name), dense.get(f"{name}.weight"))
-        after = solution.weight.detach().double().cpu()
+        sample = dense.get(name)
+        if not isinstance(sample, WeightSample):
+            sample = _sample(layers.get(name), dense.get(f"{name}.weight"))
+        before = None if sample is None else sample.values.double()
+        select = WeightSample.of(solution.weight).select if sample is None else sample.select
+        after = select(solution.weight)
         if solution.grid is not None:
-            columns = after.shape[-1]
+            columns = solution.weight.shape[-1]
             scale, zero = (
-                solution.grid.expand(part, columns).double().cpu()
-                for part in (solution.grid.scale, solution.grid.zero_point)
+                select(solution.grid.expand(part, columns)) for part in (solution.grid.scale, solution.grid.zero_point)
             )
             after = after / scale + zero
             before = None if before is None else before / scale + zero
@@ -133,11 +146,11 @@ def histograms(report: CompressionReport, dense: Mapping[str, Tensor]) -> dict[s
     return found
 
 
-def _dense_matrix(module: Any, weight: Tensor | None) -> Tensor | None:
+def _sample(module: Any, weight: Any) -> WeightSample | None:
     adapter = None if module is None else adapter_for(module)
     if adapter is None or weight is None:
         return None
-    return adapter.to_matrix_layout(module, weight.detach()).double().cpu()
+    return WeightSample.of(adapter.to_matrix_layout(module, weight.detach()))
 
 
 def _histogram(before: Tensor | None, after: Tensor, max_code: int | None) -> dict[str, Any]:

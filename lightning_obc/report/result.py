@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_obc.files import PathLike
 from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.report.samples import WeightSample
+from lightning_obc.specs import Stage
 
 if TYPE_CHECKING:
     from lightning_obc.correction import CorrectionReport
@@ -111,6 +115,9 @@ class CompressionReport:
         left_dense: Weight-carrying modules that no stage could handle, with the reason.
         figures: Named figures of the dense and the compressed model: ``{"accuracy": (dense, compressed)}``.
         corrections: One report per correction stage, in order.
+        recipe: The stages as given.
+        plans: The plans of the stages, as text.
+        dense: Weights before the first stage, a sample of each layer's rows, for histograms.
     """
 
     model: nn.Module = field(repr=False)
@@ -118,6 +125,9 @@ class CompressionReport:
     left_dense: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     corrections: Sequence[CorrectionReport] = ()
+    recipe: Sequence[Stage] = ()
+    plans: Sequence[str] = ()
+    dense: Mapping[str, WeightSample] = field(default_factory=dict, repr=False)
 
     @property
     def solutions(self) -> dict[str, LayerSolution]:
@@ -138,6 +148,37 @@ class CompressionReport:
         from lightning_obc.report.tables import report_table
 
         return report_table(self)
+
+    def save(
+        self,
+        path: PathLike,
+        *,
+        title: str = "Compression report",
+        formats: Sequence[str] | None = None,
+        overwrite: bool = False,
+        **parts: Any,
+    ) -> list[Path]:
+        """Write the report as ``path.html`` (one file with everything inside), ``path.md`` and ``path.json``.
+
+        Args:
+            path: Without the ending.
+            title: Heading.
+            formats: Some of html, md and json; by default all, html only where the extra ``report`` is installed.
+            overwrite: Replace existing files.
+            parts: ``trade_off``, ``measured``, ``reproduce``; see :func:`~lightning_obc.report.report_record`.
+
+        Returns:
+            The files.
+
+        Raises:
+            ExportError: A file exists or cannot be written. SpecError: An unknown format. MissingExtraError: HTML is
+                asked for without the extra ``report``.
+        """
+        from lightning_obc.report.document import default_formats, save_report
+        from lightning_obc.report.record import report_record
+
+        record = report_record(self, title=title, **parts)
+        return save_report(record, path, formats=formats or default_formats(), overwrite=overwrite)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""

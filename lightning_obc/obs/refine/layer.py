@@ -33,10 +33,12 @@ class GreedyMask:
     mask: Tensor
     backend: str
     notes: tuple[str, ...] = ()
+    curve: tuple[tuple[float, float], ...] = ()
 
     def solution(self, memory_budget: int | None = None) -> LayerSolution:
         """Optimal weights on the mask."""
-        return solve_mask(self.problem, self.mask, self.backend, memory_budget, self.notes)
+        solution = solve_mask(self.problem, self.mask, self.backend, memory_budget, self.notes)
+        return replace(solution, curve=self.curve)
 
 
 @dataclass(frozen=True)
