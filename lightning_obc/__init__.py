@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_obc.allocation.tradeoff import search
     from lightning_obc.callbacks import OBCCallback
     from lightning_obc.correction_spec import Correct
+    from lightning_obc.distributed import all_ranks
     from lightning_obc.export import export_onnx, load_packed, save_packed, to_semi_structured
     from lightning_obc.forecast import Plan, plan
     from lightning_obc.grids import Grid
@@ -41,6 +42,7 @@ _HOME = {
     "search": "lightning_obc.allocation.tradeoff",
     "OBCCallback": "lightning_obc.callbacks",
     "Correct": "lightning_obc.correction_spec",
+    "all_ranks": "lightning_obc.distributed",
     "Plan": "lightning_obc.forecast",
     "plan": "lightning_obc.forecast",
     "Grid": "lightning_obc.grids",
@@ -90,6 +92,7 @@ __all__ = [
     "Structured",
     "Unstructured",
     "__version__",
+    "all_ranks",
     "baselines",
     "compress",
     "errors",

@@ -98,6 +98,10 @@ class StrategyError(OBCError, RuntimeError):
     """A Trainer strategy or setting under which compression would be wrong."""
 
 
+class RankError(OBCError, RuntimeError):
+    """A process that compresses together with others has failed, or holds other weights than they do."""
+
+
 class ScheduleError(SpecError):
     """Stages that cannot run in the order, or at the time, they ask for."""
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable
+from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable, check_finite
 from lightning_obc.correction import (
     CorrectionReport,
     NormStatistics,
@@ -24,7 +22,8 @@ from lightning_obc.correction import (
     run_correction,
 )
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import BackendError, LayerNotReachedError, NonFiniteError, OBCError, PatternError, SpecError
+from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange
+from lightning_obc.errors import BackendError, LayerNotReachedError, OBCError, PatternError, SpecError
 from lightning_obc.files import PathLike
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
@@ -46,6 +45,7 @@ from lightning_obc.report.progress import shown
 from lightning_obc.solving import solve_layer
 from lightning_obc.specs import Calibration, Stage
 from lightning_obc.store import LayerProblem, SolutionStore, StageStore
+from lightning_obc.team import Outcome, Team, begin_together, rows_splittable, same_on_all
 
 # Where the stage chooses its own damping, by halves of the samples that recentring does not tell apart.
 _RECENTRING_DAMPING = 0.01
@@ -53,16 +53,6 @@ _RECENTRING_DAMPING = 0.01
 OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
 Progress = Callable[[str, float, float], None]
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What became of a layer: a solution, or the reason why there is none."""
-
-    solution: LayerSolution | None
-    status: str
-    seconds: float
-    inherited: float | None = None
 
 
 def run_stage(
@@ -99,20 +89,24 @@ def run_stage(
         raise SpecError(f"{stage} solves no layers", got="run_stage", expected="correct_after")
     started = time.perf_counter()
     plan = plan_stage(model, stage) if plan is None else plan
-    run = _StageRun(model, stage, collect, on_failure, progress, store, plan)
-    groups = run.groups()
-    for index, group in enumerate(groups):
-        # Solutions of layers that are calibrated on the same model wait until the last of them is found.
-        run.solve(group)
-        run.apply_(group)
-        run.correct_(group)
-        if isinstance(collect, Collector):
-            collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
-    if progress is not None:
-        progress(str(stage), run.total, run.total)
-    rows = [_report(layer, run.outcomes[layer.name]) for layer in plan.layers]
-    solutions = {layer.name: found for layer in plan.layers if (found := run.outcomes[layer.name].solution) is not None}
-    return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, time.perf_counter() - started)
+    ranks = collect.ranks if isinstance(collect, Collector) else SingleProcess()
+    with all_or_none(ranks):
+        begin_together(model, ranks)
+        run = _StageRun(model, stage, collect, on_failure, progress, store, plan, Team(ranks))
+        groups = run.groups()
+        for index, group in enumerate(groups):
+            # Solutions of layers that are calibrated on the same model wait until the last of them is found.
+            run.solve(group)
+            run.apply_(group)
+            run.correct_(group)
+            if isinstance(collect, Collector):
+                collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
+        if progress is not None:
+            progress(str(stage), run.total, run.total)
+        rows = [_report(layer, run.outcomes[layer.name]) for layer in plan.layers]
+        solutions = {x.name: found for x in plan.layers if (found := run.outcomes[x.name].solution) is not None}
+        work = run.team.end(model, {name: solution.mask for name, solution in solutions.items()})
+    return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, time.perf_counter() - started, work)
 
 
 class _StageRun:
@@ -127,12 +121,13 @@ class _StageRun:
         progress: Progress | None,
         store: StageStore | None,
         plan: StagePlan,
+        team: Team,
     ) -> None:
-        self.model, self.stage, self.collect, self.plan = model, stage, collect, plan
+        self.model, self.stage, self.collect, self.plan, self.team = model, stage, collect, plan, team
         self.on_failure, self.progress, self.store = on_failure, progress, store
         self.spec = collect.spec if isinstance(collect, Collector) else Calibration()
         self.dense = DenseWeights()
-        self.outcomes: dict[str, _Outcome] = {}
+        self.outcomes: dict[str, Outcome] = {}
         self.total, self.done = sum(layer.sweep_flops for layer in plan.layers), 0.0
         self.samples = 0
         self.recentred: set[str] = set()
@@ -153,15 +148,34 @@ class _StageRun:
     def solve(self, group: Sequence[LayerPlan]) -> None:
         self.recentred = self._recentred(group)
         for part in within_memory(group, self.spec):
-            statistics = self._statistics(part)
-            _check_finite(statistics)
-            self.samples = sum(next(iter(statistics.values())).samples) if statistics else self.samples
-            for layer in part:
-                if self.progress is not None:
-                    self.progress(f"{self.stage}: {layer.name}", self.done, self.total)
-                if layer.name in statistics:
-                    self.outcomes[layer.name] = self._solved(layer, statistics.pop(layer.name))
-                self.done += layer.sweep_flops
+            self._solve_part(part)
+
+    def _solve_part(self, part: Sequence[LayerPlan]) -> None:
+        """Layers whose statistics are collected in one pass; the ranks share them."""
+        costs, done = {layer.name: layer.sweep_flops for layer in part}, self.done
+        division = self.team.divide(costs, [layer.name for layer in part if rows_splittable(layer.stage)])
+        statistics = self._statistics(part, division.owners)
+        with all_or_none(self.team.ranks):
+            check_finite(statistics)
+        samples = sum(next(iter(statistics.values())).samples) if statistics else self.samples
+        self.samples = max(exchange(self.team.ranks, samples))
+        # On all ranks at once: parts of a sharded weight are brought together.
+        problems = {
+            layer.name: (layer, weight_matrix(layer.module)) for layer in part if layer.name not in self.outcomes
+        }
+        devices = {name: weight.device for name, (_, weight) in problems.items()}
+
+        def solve(name: str) -> Outcome:
+            layer, weight = problems.pop(name)
+            if self.progress is not None:
+                self.progress(f"{self.stage}: {name}", self.done, self.total)
+            outcome = self._solved(layer, weight, statistics.pop(name))
+            self.done += layer.sweep_flops
+            return outcome
+
+        left = {name: costs[name] for name in problems}
+        self.outcomes |= self.team.solve(division, left, devices, solve)
+        self.done = done + sum(costs.values())
 
     def _recentred(self, group: Sequence[LayerPlan]) -> set[str]:
         """Layers that are moved to make up for what came before: not those behind them in the group, or these would
@@ -171,18 +185,20 @@ class _StageRun:
             return names
         return self.collect.fed_from_outside({layer.name: layer.module for layer in group})
 
-    def _statistics(self, part: Sequence[LayerPlan]) -> dict[str, Hessian | PairedHessian]:
+    def _statistics(self, part: Sequence[LayerPlan], owners: Mapping[str, int]) -> dict[str, Hessian | PairedHessian]:
+        """Statistics of the layers that this rank solves."""
         modules = {layer.name: layer.module for layer in part}
-        if self.spec.paired and isinstance(self.collect, Collector):
-            unfit: dict[str, OBCError] | None = {} if self.on_failure == "keep" else None
-            started, found = time.perf_counter(), self.collect.paired(modules, self.dense, unfit)
-            self.outcomes |= {name: self._kept(error, started) for name, error in (unfit or {}).items()}
-            return dict(found)
-        return dict(self.collect(modules))
+        if not isinstance(self.collect, Collector):
+            return dict(self.collect(modules))
+        if not self.spec.paired:
+            return dict(self.collect(modules, owners))
+        unfit: dict[str, OBCError] | None = {} if self.on_failure == "keep" else None
+        started, found = time.perf_counter(), self.collect.paired(modules, self.dense, unfit, owners)
+        self.outcomes |= {name: self._kept(error, started) for name, error in (unfit or {}).items()}
+        return dict(found)
 
-    def _solved(self, layer: LayerPlan, statistic: Hessian | PairedHessian) -> _Outcome:
+    def _solved(self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian) -> Outcome:
         started, start = time.perf_counter(), None
-        weight = weight_matrix(layer.module)
         mixing = self.spec.recentring if layer.name in self.recentred else 0.0
         problem = LayerProblem(layer.name, layer.stage, weight, statistic, mixing, self._pooled(layer))
         # Outside of what may fail: progress that belongs to another run must not be mixed into this one.
@@ -197,7 +213,7 @@ class _StageRun:
         except Exception as error:
             return self._kept(error, started)
         seconds = time.perf_counter() - started
-        return _Outcome(solution, str(solution.status), seconds, None if start is None else start.inherited)
+        return Outcome(solution, str(solution.status), seconds, None if start is None else start.inherited)
 
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None
@@ -213,13 +229,13 @@ class _StageRun:
         # Only convolutions have groups of one kind; query, key and value of attention are problems of their own.
         return self.spec.pooled and getattr(layer.module, "groups", 1) > 1
 
-    def _kept(self, error: Exception, started: float) -> _Outcome:
+    def _kept(self, error: Exception, started: float) -> Outcome:
         # One bad layer must not lose the run. Errors of the recipe or the backend would meet every layer alike, and
         # what is no Exception (interrupts) passes anyway.
         recipe = isinstance(error, (SpecError, BackendError)) and not isinstance(error, PatternError)
         if self.on_failure == "raise" or recipe:
             raise error
-        return _Outcome(None, f"kept: {error}", time.perf_counter() - started)
+        return Outcome(None, f"kept: {error}", time.perf_counter() - started)
 
     def apply_(self, group: Sequence[LayerPlan]) -> None:
         for layer in group:
@@ -239,16 +255,17 @@ class _StageRun:
         layers = {x.name: x.module for x in self.plan.layers if has_bias(x.module)}
         if not (self.spec.bias and layers and isinstance(self.collect, Collector)):
             return None
-        return record_statistics(self.model, self.collect.batches, layers=layers, forward=self.collect.forward)
+        options: dict[str, Any] = {"forward": self.collect.forward, "ranks": self.collect.ranks}
+        return record_statistics(self.model, self.collect.batches, layers=layers, **options)
 
     def correct_(self, group: Sequence[LayerPlan]) -> None:
         names = [x.name for x in group if self.outcomes[x.name].solution is not None and has_bias(x.module)]
         if self.means is None or not names:
             return
         assert isinstance(self.collect, Collector)
-        batches, forward = self.collect.batches, self.collect.forward
+        options: dict[str, Any] = {"forward": self.collect.forward, "ranks": self.collect.ranks}
         try:
-            correct_bias(self.model, self.means, batches, layers=names, forward=forward, progress=self.progress)
+            correct_bias(self.model, self.means, self.collect.batches, layers=names, progress=self.progress, **options)
         except LayerNotReachedError:
             # Outputs of parts stay inside their module: there is no mean to compare.
             return
@@ -259,24 +276,7 @@ def _damping(stage: Stage) -> float:
     return damping if isinstance(damping, (int, float)) else _RECENTRING_DAMPING
 
 
-def _check_finite(statistics: Mapping[str, Hessian | PairedHessian]) -> None:
-    bad = [name for name, statistic in statistics.items() if not _finite(statistic)]
-    if bad:
-        raise NonFiniteError(
-            "Calibration statistics hold NaN or Inf",
-            got=f"layers {', '.join(bad)}",
-            expected="finite activations",
-            remedy="check the calibration data and the model's outputs in evaluation mode",
-        )
-
-
-def _finite(statistic: Hessian | PairedHessian) -> bool:
-    if isinstance(statistic, PairedHessian):
-        return _finite(statistic.hessian) and bool((statistic.cross.isfinite() & statistic.difference.isfinite()).all())
-    return bool(torch.isfinite(statistic.halves).all())
-
-
-def _report(layer: LayerPlan, outcome: _Outcome) -> LayerReport:
+def _report(layer: LayerPlan, outcome: Outcome) -> LayerReport:
     solution = outcome.solution
     weight = weight_matrix(layer.module)
     bits = weight.element_size() * 8
@@ -315,14 +315,15 @@ def correct_after(
         batches: Calibration batches.
         reports: Reports of the stages before.
         on_failure: ``"keep"`` goes on without the correction and says so in its report; ``"raise"`` stops.
-        options: ``dense``, ``forward``, ``progress`` and ``reduce`` of
+        options: ``dense``, ``forward``, ``progress`` and ``ranks`` of
             :func:`~lightning_obc.correction.run_correction`.
     """
     compressed = {row.name: None for report in reports for row in report.layers if row.compressed}
     # From the rows, not the solutions: a resumed run has only the rows of its earlier stages.
     quantized = {row.name for report in reports for row in report.layers if row.compressed and row.bits <= 8}
     try:
-        return run_correction(model, stage, batches, compressed=list(compressed), quantized=quantized, **options)
+        with same_on_all(model, options.get("ranks")):
+            return run_correction(model, stage, batches, compressed=list(compressed), quantized=quantized, **options)
     except OBCError as error:
         if on_failure == "raise":
             raise
@@ -351,6 +352,7 @@ def compress(
     progress: Progress | bool = False,
     metrics: Mapping[str, Callable[[nn.Module], float]] | None = None,
     store: PathLike | None = None,
+    ranks: Ranks | None = None,
 ) -> CompressionReport:
     """Compress a trained model in place, without a Trainer.
 
@@ -366,6 +368,9 @@ def compress(
         metrics: Named functions of the model, measured before and after.
         store: A folder that gets every solved layer at once. The same call on the same dense model then goes on behind
             the last of them after an interruption, with the same result.
+        ranks: Processes that compress the model together, :func:`~lightning_obc.all_ranks` for those of
+            ``torch.distributed``; each calls this function with the same model, data and stages, and gets the same
+            result. They share the batches and the layers. None: this process works alone.
 
     Returns:
         The report; ``report.model`` is ``model``.
@@ -374,6 +379,7 @@ def compress(
         SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
             by the stage concerned.
         FingerprintError: The store holds layers of another model, recipe or calibration.
+        RankError: The ranks hold different models, or one of them failed.
     """
     stages = _checked_recipe(stages, on_failure)
     spec = calibration or Calibration()
@@ -386,15 +392,18 @@ def compress(
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
     corrections: list[CorrectionReport] = []
-    with shown(progress) as report_progress:
-        dense = dense_references(model, stages, source, forward=forward, progress=report_progress)
+    team = ranks or SingleProcess()
+    with shown(progress if team.rank == 0 else False) as report_progress, all_or_none(team):
+        begin_together(model, team)
+        shared: dict[str, Any] = {"forward": forward, "progress": report_progress, "ranks": team}
+        dense = dense_references(model, stages, source, **shared)
         for index, stage in enumerate(stages):
             if isinstance(stage, Correct):
-                options: dict[str, Any] = {"dense": dense.get(index), "forward": forward, "progress": report_progress}
-                corrections.append(correct_after(model, stage, source, reports, on_failure=on_failure, **options))
+                options = {"dense": dense.get(index), "on_failure": on_failure, **shared}
+                corrections.append(correct_after(model, stage, source, reports, **options))
                 continue
 
-            collect = Collector(model, source, spec, forward, report_progress)
+            collect = Collector(model, source, spec, forward, report_progress, team)
             found = plan_stage(model, stage, spec, edges)
             kept = None if solved is None else solved.stage(index)
             how: dict[str, Any] = {"on_failure": on_failure, "progress": report_progress, "store": kept, "plan": found}

@@ -12,7 +12,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lightning_obc.distributed import digest
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.files import PathLike, replacing
-from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.obs import LayerSolution
-from lightning_obc.obs.solution import Refinement, Status
-from lightning_obc.specs import IntGrid, Stage
+from lightning_obc.obs.parts import solution_from_parts, solution_parts
+from lightning_obc.specs import Stage
 
 FORMAT = 1
 # The order of floating-point sums may differ between two runs; data, seeds and models that differ move far more.
@@ -64,7 +64,7 @@ class LayerProblem:
             "stage": repr(self.stage),
             "mixing": self.mixing,
             "pooled": self.pooled,
-            "weight": f"{self.weight.dtype} {list(self.weight.shape)} {_digest(self.weight)}",
+            "weight": f"{self.weight.dtype} {list(self.weight.shape)} {digest(self.weight)}",
             "statistic": _summary(self.statistic),
         }
 
@@ -125,11 +125,11 @@ class StageStore:
             warnings.warn(f"{path} is damaged and the layer is solved again: {error}")
             return None
         _check(path, json.loads(header["fingerprint"]), problem.fingerprint())
-        return _solution(json.loads(header["solution"]), tensors, problem.weight)
+        return solution_from_parts(json.loads(header["solution"]), tensors, problem.weight.device)
 
     def save(self, problem: LayerProblem, solution: LayerSolution) -> None:
         """Write a solution, whole or not at all. A file that cannot be written costs a warning, not the run."""
-        scalars, tensors = _parts(solution)
+        scalars, tensors = solution_parts(solution)
         header = {
             "fingerprint": json.dumps(problem.fingerprint()),
             "solution": json.dumps(scalars),
@@ -149,13 +149,8 @@ def _version() -> str:
         return "not installed"
 
 
-def _digest(tensor: Tensor) -> str:
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(values.numpy().data).hexdigest()[:32]
-
-
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(" ".join(f"{key} {_digest(tensors[key])}" for key in sorted(tensors)).encode()).hexdigest()
+    return hashlib.sha256(" ".join(f"{key} {digest(tensors[key])}" for key in sorted(tensors)).encode()).hexdigest()
 
 
 def _summary(statistic: Hessian | PairedHessian) -> dict[str, Any]:
@@ -209,24 +204,6 @@ def _close(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     )
 
 
-def _parts(solution: LayerSolution) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    scalars: dict[str, Any] = {name: getattr(solution, name) for name in ("loss", "damping_loss", "reference")}
-    scalars |= {
-        "status": asdict(solution.status),
-        "refinement": None if solution.refinement is None else asdict(solution.refinement),
-        "grid": None if solution.grid is None else asdict(solution.grid.spec),
-    }
-    tensors = {"weight": solution.weight, "mask": solution.mask}
-    if solution.codes is not None:
-        tensors["codes"] = solution.codes
-    if solution.grid is not None:
-        tensors |= {"scale": solution.grid.scale, "zero_point": solution.grid.zero_point}
-        if solution.grid.column_group is not None:
-            tensors["column_group"] = solution.grid.column_group
-    # Tensors of one solution may be views of each other, which the format does not take.
-    return scalars, {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-
-
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
@@ -234,28 +211,3 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     if header["checksum"] != _checksum(tensors):
         raise ValueError("its checksum does not fit")
     return header, tensors
-
-
-def _solution(scalars: Mapping[str, Any], tensors: Mapping[str, Tensor], weight: Tensor) -> LayerSolution:
-    placed = {key: value.to(weight.device) for key, value in tensors.items()}
-    grid = None
-    if scalars["grid"] is not None:
-        grid = Grid(IntGrid(**scalars["grid"]), placed["scale"], placed["zero_point"], placed.get("column_group"))
-    status = _rebuilt(Status, scalars["status"])
-    refinement = None if scalars["refinement"] is None else _rebuilt(Refinement, scalars["refinement"])
-    figures = {name: scalars[name] for name in ("loss", "damping_loss", "reference")}
-    return LayerSolution(
-        placed["weight"],
-        placed["mask"],
-        **figures,
-        status=status,
-        grid=grid,
-        codes=placed.get("codes"),
-        refinement=refinement,
-    )
-
-
-def _rebuilt(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    known = {entry.name for entry in fields(kind)}
-    lists = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    return kind(**lists)

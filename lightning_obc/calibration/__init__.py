@@ -11,7 +11,7 @@ from lightning_obc.calibration.memory import on_host, statistic_bytes
 from lightning_obc.calibration.paired import PairedAccumulator, check_comparable, collect_paired
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
-from lightning_obc.calibration.statistic import HessianAccumulator
+from lightning_obc.calibration.statistic import HessianAccumulator, check_finite
 
 __all__ = [
     "CalibrationBatches",
@@ -23,6 +23,7 @@ __all__ = [
     "calibration_batches",
     "call_forward",
     "check_comparable",
+    "check_finite",
     "collect_hessians",
     "collect_paired",
     "eager_forward",

@@ -13,8 +13,10 @@ from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import eager_forward as eager_forward
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.isolation import undisturbed as undisturbed
+from lightning_obc.calibration.source import numbered_part
 from lightning_obc.calibration.statistic import HessianAccumulator
-from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError
+from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange
+from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError, OBCError
 from lightning_obc.hessian import Hessian
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -32,6 +34,8 @@ def collect_hessians(
     device: torch.device | str | None = None,
     progress: Progress | None = None,
     on_host: Collection[str] = (),
+    ranks: Ranks | None = None,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
 
@@ -55,10 +59,12 @@ def collect_hessians(
         progress: Called as ``progress(description, batches done, batches in all)`` after every batch; 0 in all when
             the number is not known.
         on_host: Names of the layers whose sums live in host memory, and are brought to the device for every update.
+        ranks: Processes that share the batches; all of them call this function with the same arguments.
+        owners: The rank that gets the statistic of a layer, by its name; None gives all statistics to all ranks.
 
     Returns:
-        One statistic per layer, on the device of the layer's weight, or in host memory. ``samples`` is the same for
-        all layers, up to the split into halves.
+        One statistic per layer that this rank owns, on the device of the layer's weight, or in host memory. ``samples``
+        is the same for all layers, up to the split into halves.
 
     Raises:
         EmptyCalibrationError: There are no batches.
@@ -71,19 +77,20 @@ def collect_hessians(
         {
             name: HessianAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
             for name, module in layers.items()
-        }
+        },
+        ranks,
     )
     inputs = LayerInputs(layers, gathering.update)
-    with traceless(model), inputs.watched(model):
+    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
             with inputs.one_batch():
                 run(batch)
             gathering.check_finite()
             if progress is not None:
-                progress("calibration", done, count_batches(batches, rounds))
-    gathering.check_reached()
+                progress("calibration", done, gathering.count(batches, rounds))
+    gathering.reduce_(owners)
     # One layer after the other is released, so that all layers never exist twice.
-    return {name: gathering.statistics.pop(name).release() for name in layers}
+    return {name: gathering.statistics.pop(name).release() for name in gathering.own(owners)}
 
 
 def batch_runner(
@@ -96,10 +103,16 @@ def batch_runner(
 
 
 class Gathering(Generic[Accumulator]):
-    """The statistics of all layers while batches go through the model."""
+    """The statistics of all layers while batches go through the model, each rank's share of them on that rank."""
 
-    def __init__(self, statistics: dict[str, Accumulator]) -> None:
-        self.statistics = statistics
+    def __init__(
+        self,
+        statistics: dict[str, Accumulator],
+        ranks: Ranks | None = None,
+        unfit: dict[str, OBCError] | None = None,
+    ) -> None:
+        self.statistics, self.unfit = statistics, unfit
+        self.ranks = ranks or SingleProcess()
         self.reached: set[str] = set()
 
     def update(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -107,18 +120,21 @@ class Gathering(Generic[Accumulator]):
         self.statistics[name].update(x, module)
 
     def numbered(self, batches: Iterable[Any], rounds: int) -> Iterator[Any]:
-        """The batches of all rounds, counted in every statistic before they are handed out."""
+        """This rank's batches of all rounds, counted in every statistic before they are handed out."""
+        rank, size = self.ranks.rank, self.ranks.size
         for current in range(rounds):
             if hasattr(batches, "set_round"):
                 batches.set_round(current)
-            start, index = 0, -1
-            for index, batch in enumerate(batches):
-                size, mask = batch_size_of(batch), token_mask_of(batch)
+            samples = 0
+            for found in numbered_part(batches, rank, size):
+                samples += found.size
+                if found.index % size != rank:
+                    continue
+                mask, count = token_mask_of(found.batch), batch_size_of(found.batch)
                 for statistic in self.statistics.values():
-                    statistic.begin_batch(size, start=start, batch_index=index, token_mask=mask)
-                start += size
-                yield batch
-            if index < 0 or start == 0:
+                    statistic.begin_batch(count, start=found.start, batch_index=found.index, token_mask=mask)
+                yield found.batch
+            if samples == 0:
                 raise _nothing(current, batches)
         if hasattr(batches, "set_round"):
             batches.set_round(0)
@@ -129,6 +145,37 @@ class Gathering(Generic[Accumulator]):
         if flags and not torch.stack([flag.to(flags[0].device) for flag in flags]).all():
             for statistic in self.statistics.values():
                 statistic.raise_if_not_finite()
+
+    def count(self, batches: Iterable[Any], rounds: int) -> int:
+        """This rank's batches of all rounds, or 0 when that is not known."""
+        return -(-count_batches(batches, 1) // self.ranks.size) * rounds
+
+    def own(self, owners: Mapping[str, int] | None) -> list[str]:
+        """Names of the layers whose statistics this rank gets."""
+        return [name for name in self.statistics if owners is None or owners[name] == self.ranks.rank]
+
+    def reduce_(self, owners: Mapping[str, int] | None) -> None:
+        """Add up the shares of all ranks, and forget the statistics of layers that others own.
+
+        Raises:
+            LayerNotReachedError: No batch of any rank passed through some layer.
+        """
+        samples = {name: statistic.samples for name, statistic in self.statistics.items()}
+        found = exchange(self.ranks, (sorted(self.reached), samples, self.unfit))
+        for name, error in [entry for _, _, unfit in found for entry in (unfit or {}).items()]:
+            # Unfit on one rank is unfit on all.
+            if self.unfit is not None and name in self.statistics:
+                self.unfit[name] = error
+                del self.statistics[name]
+        self.reached = {name for reached, _, _ in found for name in reached}
+        self.check_reached()
+        for name, statistic in list(self.statistics.items()) if self.ranks.size > 1 else []:
+            owner = None if owners is None else owners[name]
+            for sums in statistic.all_sums():
+                self.ranks.sum_(sums) if owner is None else self.ranks.sum_to_(sums, owner)
+            statistic.samples = [sum(counts[name][half] for _, counts, _ in found) for half in (0, 1)]
+            if owner not in (None, self.ranks.rank):
+                del self.statistics[name]
 
     def check_reached(self) -> None:
         missing = [name for name in self.statistics if name not in self.reached]

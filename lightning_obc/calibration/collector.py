@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.memory import on_host
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
+from lightning_obc.distributed import Ranks, SingleProcess, exchange
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, OBCError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for
@@ -32,6 +33,7 @@ class Collector:
         spec: Rounds, mode and memory.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
+        ranks: Processes that share the batches.
         passes: Passes so far.
         replay: Outputs of finished blocks, where they are kept.
     """
@@ -41,19 +43,25 @@ class Collector:
     spec: Calibration
     forward: Forward | None = None
     progress: Progress | None = None
+    ranks: Ranks = field(default_factory=SingleProcess)
     passes: int = 0
     replay: Replay | None = None
 
-    def __call__(self, layers: Mapping[str, nn.Module]) -> dict[str, Hessian]:
+    def __call__(self, layers: Mapping[str, nn.Module], owners: Mapping[str, int] | None = None) -> dict[str, Hessian]:
         """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
-        options = self._options | {"on_host": self._on_host(layers)}
+        options = self._options | {"on_host": self._on_host(layers), "owners": owners}
         return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **options))
 
     def paired(
-        self, layers: Mapping[str, nn.Module], dense: DenseWeights, unfit: dict[str, OBCError] | None = None
+        self,
+        layers: Mapping[str, nn.Module],
+        dense: DenseWeights,
+        unfit: dict[str, OBCError] | None = None,
+        owners: Mapping[str, int] | None = None,
     ) -> dict[str, PairedHessian]:
         """Paired statistics, as :func:`~lightning_obc.calibration.paired.collect_paired`."""
-        options = self._options | {"replay": self.replay, "on_host": self._on_host(layers), "unfit": unfit}
+        options = self._options | {"replay": self.replay, "on_host": self._on_host(layers), "owners": owners}
+        options["unfit"] = unfit
         return self._counted(lambda batches: collect_paired(self.model, layers, batches, dense, **options))
 
     def keep_blocks(self, layers: Mapping[str, nn.Module]) -> None:
@@ -78,7 +86,8 @@ class Collector:
         Raises:
             LayerNotReachedError: No batch passes through some of them.
         """
-        return self._counted(lambda batches: _order(self.model, layers, batches, self.forward))  # type: ignore[no-any-return]
+        mine = self._counted(lambda batches: _order(self.model, layers, batches, self.forward))
+        return exchange(self.ranks, mine)[0]
 
     def reached(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers that the first batch reaches, in the order in which it does."""
@@ -99,11 +108,13 @@ class Collector:
             after = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
         finally:
             weights.put_back_()
-        return {name for name in layers if _equal(before[name], after[name])}
+        mine = {name for name in layers if _equal(before[name], after[name])}
+        return exchange(self.ranks, mine)[0]
 
     @property
     def _options(self) -> dict[str, Any]:
-        return {"forward": self.forward, "rounds": self.spec.rounds, "progress": self.progress}
+        shared = {"rounds": self.spec.rounds, "progress": self.progress, "ranks": self.ranks}
+        return {"forward": self.forward, **shared}
 
     def _on_host(self, layers: Mapping[str, nn.Module]) -> set[str]:
         shapes = {name: adapter.shape(module) for name, module in layers.items() if (adapter := adapter_for(module))}

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration.collect import Forward, Gathering, Progress, batch_runner, count_batches
+from lightning_obc.calibration.collect import Forward, Gathering, Progress, batch_runner
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
+from lightning_obc.distributed import Ranks, all_or_none
 from lightning_obc.errors import LayerNotReachedError, OBCError, ShapeError, UnsupportedLayerError
 from lightning_obc.hessian import PairedHessian
 from lightning_obc.kernels.hessian_update import symmetrise_
@@ -82,6 +83,9 @@ class PairedAccumulator(HessianAccumulator):
                 remedy='exclude the layer, or use Calibration(mode="independent")',
             )
 
+    def all_sums(self) -> list[Tensor]:
+        return [*super().all_sums(), self.cross, self.difference]
+
     def finite(self) -> Tensor:
         return super().finite() & self.difference.diagonal(dim1=-2, dim2=-1).isfinite().all()
 
@@ -117,6 +121,8 @@ def collect_paired(
     replay: Replay | None = None,
     on_host: Collection[str] = (),
     unfit: dict[str, OBCError] | None = None,
+    ranks: Ranks | None = None,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, PairedHessian]:
     """Statistics of layers in a model that is compressed in part.
 
@@ -136,6 +142,8 @@ def collect_paired(
         on_host: Names of the layers whose sums live in host memory.
         replay: Spares the batches the blocks that are finished.
         unfit: Receives the errors of single layers, by name, and the pass goes on without these. None raises them.
+        ranks: Processes that share the batches.
+        owners: The rank that gets the statistic of a layer.
 
     Raises:
         ShapeError: The input of a layer changes its shape when earlier layers are compressed.
@@ -149,13 +157,14 @@ def collect_paired(
             for name, module in layers.items()
         },
         unfit,
+        ranks,
     )
     inputs = LayerInputs(layers, gathering.receive)
 
     def spared(stream: str, batch: int) -> AbstractContextManager[None]:
         return nullcontext() if replay is None else replay.running(stream, batch, list(layers))
 
-    with traceless(model), inputs.watched(model):
+    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
             gathering.recording = True
             with dense.restored(), preserved_rng(), spared("before", done), inputs.one_batch():
@@ -166,18 +175,19 @@ def collect_paired(
             gathering.check_calls()
             gathering.check_finite()
             if progress is not None:
-                progress("calibration", done, count_batches(batches, rounds))
-    gathering.check_reached()
-    return {name: gathering.statistics.pop(name).release_pair() for name in layers if name in gathering.statistics}
+                progress("calibration", done, gathering.count(batches, rounds))
+    gathering.reduce_(owners)
+    return {name: gathering.statistics.pop(name).release_pair() for name in gathering.own(owners)}
 
 
 class _Pairs(Gathering[PairedAccumulator]):
     """Inputs of the first pass wait for those of the second, call by call."""
 
-    def __init__(self, statistics: dict[str, PairedAccumulator], unfit: dict[str, OBCError] | None) -> None:
-        super().__init__(statistics)
+    def __init__(
+        self, statistics: dict[str, PairedAccumulator], unfit: dict[str, OBCError] | None, ranks: Ranks | None
+    ) -> None:
+        super().__init__(statistics, ranks, unfit)
         self.recording = False
-        self._unfit = unfit
         self._waiting: dict[str, list[Tensor]] = {name: [] for name in statistics}
 
     def receive(self, name: str, module: nn.Module, x: Tensor) -> None:
@@ -201,9 +211,9 @@ class _Pairs(Gathering[PairedAccumulator]):
 
     def _drop(self, name: str, error: OBCError) -> None:
         """Go on without a layer whose inputs cannot be compared."""
-        if self._unfit is None:
+        if self.unfit is None:
             raise error
-        self._unfit[name] = error
+        self.unfit[name] = error
         del self.statistics[name]
         self._waiting[name].clear()
 

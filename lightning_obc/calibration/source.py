@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
-    Subset,
     WeightedRandomSampler,
 )
 
@@ -27,6 +27,23 @@ from lightning_obc.specs import Calibration
 _DEFAULT_BATCH_SIZE = 32
 # Samplers that can reach the whole data set; others restrict it, and their choice is kept.
 _WHOLE = (SequentialSampler, RandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """A batch of a round with its place in it.
+
+    Attributes:
+        batch: The batch; None where another rank runs it and it was not made here.
+        index: Number of the batch within the round.
+        start: Number of its first sample within the round.
+        size: Samples in it.
+    """
+
+    batch: Any
+    index: int
+    start: int
+    size: int
 
 
 class CalibrationBatches:
@@ -40,10 +57,21 @@ class CalibrationBatches:
         samples: Number of samples after which the iteration ends.
         seed: Seed of the augmentation.
         length: Number of batches, when it is known.
+        sizes: Samples of every batch, where ``make(rank, size)`` can also make just every ``size``-th batch, from
+            number ``rank`` on. None: all batches are made to get at some of them.
     """
 
-    def __init__(self, make: Callable[[], Iterable[Any]], *, samples: int, seed: int, length: int | None) -> None:
-        self._make, self._samples, self._seed, self._length = make, samples, seed, length
+    def __init__(
+        self,
+        make: Callable[..., Iterable[Any]],
+        *,
+        samples: int,
+        seed: int,
+        length: int | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self._make, self._samples, self._seed, self._sizes = make, samples, seed, sizes
+        self._length = length if sizes is None else len(sizes)
         self._round = 0
 
     def set_round(self, number: int) -> None:
@@ -56,13 +84,31 @@ class CalibrationBatches:
         return self._length
 
     def __iter__(self) -> Iterator[Any]:
-        private = self._start()
         left = self._samples
+        for batch in self._drawn(self._make):
+            left -= batch_size_of(batch)
+            yield batch
+            if left <= 0:
+                return
+
+    def part(self, rank: int, size: int) -> Iterator[Numbered]:
+        """All batches in their order, of which only number ``rank``, ``rank + size``, … need to be there."""
+        if self._sizes is None or size == 1:
+            yield from _numbered(self)
+            return
+        mine, start = self._drawn(lambda: self._make(rank, size)), 0
+        for index, samples in enumerate(self._sizes):
+            yield Numbered(next(mine) if index % size == rank else None, index, start, samples)
+            start += samples
+
+    def _drawn(self, make: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+        """What an iterable yields under the private random state."""
+        private = self._start()
         with preserved_rng():
             private.restore()
-            iterator = iter(self._make())
+            iterator = iter(make())
             private = RandomState.capture()
-        while left > 0:
+        while True:
             with preserved_rng():
                 private.restore()
                 try:
@@ -70,13 +116,31 @@ class CalibrationBatches:
                 except StopIteration:
                     return
                 private = RandomState.capture()
-            left -= batch_size_of(batch)
             yield batch
 
     def _start(self) -> RandomState:
         with preserved_rng():
             seed_everything(_mixed(self._seed, self._round))
             return RandomState.capture()
+
+
+def numbered_part(batches: Iterable[Any], rank: int, size: int) -> Iterator[Numbered]:
+    """The batches of one round with their places; only those of rank ``rank`` of ``size`` need to be there.
+
+    Ranks share whole batches, every ``size``-th one to each: a batch goes through the model exactly as it would in one
+    process, no sample counts twice, and numbers of samples do not depend on the number of ranks.
+    """
+    if isinstance(batches, CalibrationBatches):
+        return batches.part(rank, size)
+    return _numbered(batches)
+
+
+def _numbered(batches: Iterable[Any]) -> Iterator[Numbered]:
+    start = 0
+    for index, batch in enumerate(batches):
+        size = batch_size_of(batch)
+        yield Numbered(batch, index, start, size)
+        start += size
 
 
 def calibration_batches(source: Any, spec: Calibration) -> CalibrationBatches:
@@ -117,11 +181,33 @@ def _from_loader(loader: DataLoader[Any], spec: Calibration) -> CalibrationBatch
         return CalibrationBatches(lambda: _fresh_copy(loader, spec), samples=spec.samples, seed=spec.seed, length=None)
     chosen = _choose(loader.sampler, loader.dataset, spec)
     size = spec.batch_size or loader.batch_size or _DEFAULT_BATCH_SIZE
+    parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
 
-    def make() -> DataLoader[Any]:
-        return DataLoader(Subset(loader.dataset, chosen), batch_size=size, **_kept(loader))
+    def make(rank: int = 0, ranks: int = 1) -> DataLoader[Any]:
+        # The private random state says which augmentation every sample gets, whoever draws it and in which order.
+        dataset = _Reproducible(loader.dataset, int(torch.randint(2**62, ())))
+        return DataLoader(dataset, batch_sampler=parts[rank::ranks], **_kept(loader))
 
-    return CalibrationBatches(make, samples=len(chosen), seed=spec.seed, length=-(-len(chosen) // size))
+    sizes = [len(part) for part in parts]
+    return CalibrationBatches(make, samples=len(chosen), seed=spec.seed, sizes=sizes)
+
+
+@dataclass(frozen=True)
+class _Reproducible(Dataset[Any]):
+    """A data set whose samples draw from random states of their own: ``(seed, index)`` decides about augmentation."""
+
+    dataset: Any
+    seed: int
+
+    def __getitem__(self, index: Any) -> Any:
+        seed_everything(_mixed(self.seed, index))
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[Any]) -> Any:
+        if callable(getattr(self.dataset, "__getitems__", None)):
+            seed_everything(_mixed(self.seed, indices[0]))
+            return self.dataset.__getitems__(indices)
+        return [self[index] for index in indices]
 
 
 def _choose(sampler: Any, dataset: Any, spec: Calibration) -> list[int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lightning_obc.errors import NonFiniteError, ShapeError, UnsupportedLayerError
-from lightning_obc.hessian import Hessian
+from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.kernels.hessian_update import symmetrise_
 from lightning_obc.layers import LayerAdapter, adapter_for, reason_unsupported
 
@@ -162,6 +162,10 @@ class HessianAccumulator:
                 remedy="check that batch of the calibration data, and the layers before this one",
             )
 
+    def all_sums(self) -> list[Tensor]:
+        """What is added up over ranks, beside ``samples``."""
+        return [self.sums] if self.rows is None else [self.sums, self.rows]
+
     def merge(self, other: HessianAccumulator) -> None:
         """Add the sums and counts of another accumulator of the same layer; ``other`` stays as it is.
 
@@ -201,3 +205,21 @@ class HessianAccumulator:
     @property
     def _counts(self) -> tuple[int, int]:
         return self.samples[0], self.samples[1]
+
+
+def check_finite(statistics: Mapping[str, Hessian | PairedHessian]) -> None:
+    """Raise NonFiniteError, naming the layers, when a statistic holds NaN or Inf."""
+    bad = [name for name, statistic in statistics.items() if not _finite(statistic)]
+    if bad:
+        raise NonFiniteError(
+            "Calibration statistics hold NaN or Inf",
+            got=f"layers {', '.join(bad)}",
+            expected="finite activations",
+            remedy="check the calibration data and the model's outputs in evaluation mode",
+        )
+
+
+def _finite(statistic: Hessian | PairedHessian) -> bool:
+    if isinstance(statistic, PairedHessian):
+        return _finite(statistic.hessian) and bool((statistic.cross.isfinite() & statistic.difference.isfinite()).all())
+    return bool(torch.isfinite(statistic.halves).all())

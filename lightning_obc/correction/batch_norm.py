@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_obc.correction.norms import norm_layers
 from lightning_obc.correction.passes import (
     Forward,
     Progress,
-    Reduce,
     count_batches,
     finite,
-    no_batches,
     quiet,
     run_batch,
+    shared,
 )
 from lightning_obc.correction.result import CorrectedLayer, CorrectionReport
+from lightning_obc.distributed import Ranks, exchange
 from lightning_obc.errors import CalibrationError, LayerNotFoundError, LayerNotReachedError, NonFiniteError, SpecError
 
 
@@ -37,7 +37,7 @@ def reset_batch_norm(
     exclude: Sequence[str] | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> CorrectionReport:
     """Measure the running statistics of batch-norm layers anew, in place (paper, section 6: "batchnorm reset").
 
@@ -56,7 +56,7 @@ def reset_batch_norm(
         exclude: Entries of the same kinds to leave out.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks, so that all get the same averages; None for a single process.
+        ranks: Processes that share the batches, or, with a momentum, all run all of them; None for a single process.
 
     Raises:
         EmptyCalibrationError: There are no batches.
@@ -70,18 +70,25 @@ def reset_batch_norm(
     started = time.perf_counter()
     norms, skipped = tracking_layers(norm_layers(model, layers, exclude))
     done, measured = 0, {}
-    total = count_batches(batches, batches_limit)
+    # A moving average depends on the order of the batches.
+    sharing = ranks if momentum is None else None
+    total = -(-count_batches(batches, batches_limit) // (1 if sharing is None else sharing.size))
     with torch.no_grad(), quiet(model), _training(norms, momentum) as counts:
-        for done, batch in enumerate(islice(batches, batches_limit), start=1):
+        for done, batch in enumerate(shared(batches, batches_limit, sharing), start=1):
             if progress is not None:
                 progress("resetting batch-norm", done - 1, max(total, done))
             run_batch(model, batch, forward)
-        if done == 0:
-            raise no_batches(batches)
         # Leaving the context puts every buffer back, so the new values must be taken out first.
         measured = {name: _statistics(norms[name]) for name in counts}
-    if reduce is not None:
-        measured = {name: _averaged(values, counts[name], reduce) for name, values in measured.items()}
+    if sharing is not None:
+        done = sum(exchange(sharing, done))
+        measured = _averaged(norms, measured, counts, sharing)
+    elif ranks is not None:
+        exchange(ranks)
+        measured = {
+            name: (ranks.broadcast_(mean, 0), ranks.broadcast_(variance, 0), batches_)
+            for name, (mean, variance, batches_) in measured.items()
+        }
     skipped |= {name: "no batch passes through it" for name in norms if name not in measured}
     _check(measured, skipped)
     rows = [_write_(name, norms[name], *measured[name]) for name in measured]
@@ -122,6 +129,10 @@ def _training(norms: Mapping[str, _NormBase], momentum: float | None) -> Iterato
         for name, module in norms.items():
             module.training = True
             module.reset_running_stats()
+            if isinstance(module, nn.SyncBatchNorm):
+                # Ranks need not run as many batches as each other, so none may wait for another in the middle of one.
+                module.forward = partial(_BatchNorm.forward, module)  # type: ignore[method-assign]
+                stack.callback(module.__dict__.pop, "forward")
             stack.callback(module.register_forward_pre_hook(_weighing(name, counts, momentum)).remove)
         try:
             yield counts
@@ -157,11 +168,23 @@ def _statistics(module: _NormBase) -> tuple[Tensor, Tensor, Tensor]:
     return mean.clone(), variance.clone(), batches.clone()
 
 
-def _averaged(values: tuple[Tensor, Tensor, Tensor], count: int, reduce: Reduce) -> tuple[Tensor, Tensor, Tensor]:
-    mean, variance, batches = values
-    stacked = torch.stack([mean.double() * count, variance.double() * count, torch.full_like(mean.double(), count)])
-    mean_sum, variance_sum, counts = reduce(stacked).unbind()
-    return mean_sum / counts, variance_sum / counts, batches
+_Statistics = tuple[Tensor, Tensor, Tensor]
+
+
+def _averaged(
+    norms: Mapping[str, _NormBase], measured: Mapping[str, _Statistics], counts: Mapping[str, int], ranks: Ranks
+) -> dict[str, _Statistics]:
+    """Averages over the batches of all ranks; a layer may be reached on some of them only."""
+    reached = {name for theirs in exchange(ranks, list(measured)) for name in theirs}
+    averages: dict[str, _Statistics] = {}
+    for name in (name for name in norms if name in reached):
+        mean, variance, batches = measured.get(name) or _statistics(norms[name])
+        count = torch.full_like(mean, counts.get(name, 0), dtype=torch.float64)
+        tracked = torch.full_like(count, float(batches) if name in measured else 0.0)
+        rows = torch.stack([mean.double() * count, variance.double() * count, count, tracked])
+        mean_sum, variance_sum, total, calls = ranks.sum_(rows).unbind()
+        averages[name] = (mean_sum / total, variance_sum / total, calls[0].to(batches.dtype))
+    return averages
 
 
 def _check(measured: Mapping[str, tuple[Tensor, Tensor, Tensor]], skipped: Mapping[str, str]) -> None:

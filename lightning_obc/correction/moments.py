@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_obc.correction.channels import channels_by_values, observed
 from lightning_obc.correction.norms import norm_layers
-from lightning_obc.correction.passes import Forward, Progress, Reduce, first_tensor, limited, quiet, run_batch
+from lightning_obc.correction.passes import Forward, Progress, first_tensor, limited, quiet, run_batch
+from lightning_obc.distributed import Ranks, SingleProcess, exchange
 from lightning_obc.errors import LayerNotReachedError, NonFiniteError
 
 
@@ -90,12 +91,16 @@ class _Observer:
     def end_batch(self) -> None:
         self.most_calls, self.calls = max(self.most_calls, self.calls), 0
 
-    def moments(self, sums: Tensor) -> ChannelMoments:
-        count, total, squares = sums.unbind()
-        mean = total / count
-        return ChannelMoments(
-            mean, (squares / count - mean.square()).clamp_min(0).sqrt(), float(count[0]), self.most_calls
-        )
+    def facts(self) -> tuple[int, int, str | None]:
+        """Channels (0 where nothing was measured), most calls in a batch, and why nothing was measured."""
+        return 0 if self.sums is None else self.sums.shape[1], self.most_calls, self.reason
+
+    def sums_of(self, channels: int) -> Tensor:
+        """A copy of the sums ``[3, channels]``, zeros where nothing was measured."""
+        if self.sums is not None:
+            return self.sums.clone()
+        like = next(self.module.parameters(), torch.empty(0))
+        return torch.zeros(3, channels, dtype=torch.float64, device=like.device)
 
 
 def record_statistics(
@@ -106,7 +111,7 @@ def record_statistics(
     batches_limit: int | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> NormStatistics:
     """Output mean and standard deviation of every norm layer, to be kept instead of the dense model.
 
@@ -119,7 +124,7 @@ def record_statistics(
         batches_limit: Most batches to use; None means all.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks; None for a single process.
+        ranks: Processes that share the batches; None for a single process.
 
     Raises:
         EmptyCalibrationError: There are no batches.
@@ -128,9 +133,9 @@ def record_statistics(
         NonFiniteError: NaN or Inf in an output.
     """
     modules = norm_layers(model) if layers is None else dict(layers)
-    kept = limited(batches, batches_limit)
+    kept = limited(batches, batches_limit, ranks)
     steps = _shown(kept, "recording statistics", progress)
-    statistics = measure(model, modules, steps, forward=forward, reduce=reduce)
+    statistics = measure(model, modules, steps, forward=forward, ranks=ranks)
     if not statistics.channels:
         raise LayerNotReachedError(
             "No batch passed through any of the layers to be measured",
@@ -149,7 +154,7 @@ def measure(
     *,
     forward: Forward | None = None,
     stop: bool = False,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> NormStatistics:
     """Measure layers in one pass. With ``stop``, every forward pass ends at the first call of any of them.
 
@@ -170,7 +175,7 @@ def measure(
             for observer in observers.values():
                 observer.end_batch()
     with torch.inference_mode(False):
-        return _finished(observers, list(order), hidden, reduce)
+        return _finished(observers, list(order), hidden, ranks or SingleProcess())
 
 
 def _noting(name: str, observer: _Observer, order: dict[str, None]) -> Any:
@@ -182,17 +187,21 @@ def _noting(name: str, observer: _Observer, order: dict[str, None]) -> Any:
 
 
 def _finished(
-    observers: Mapping[str, _Observer], order: Sequence[str], hidden: Mapping[str, str], reduce: Reduce | None
+    observers: Mapping[str, _Observer], order: Sequence[str], hidden: Mapping[str, str], ranks: Ranks
 ) -> NormStatistics:
+    seen = exchange(ranks, {name: observers[name].facts() for name in order})
     channels: dict[str, ChannelMoments] = {}
-    skipped = {**hidden, **{name: "no batch passes through it" for name in observers if name not in order}}
-    for name in order:
-        observer = observers[name]
-        if observer.sums is None:
-            skipped[name] = observer.reason or "its output is empty"
+    skipped = {**hidden, **dict.fromkeys(observers, "no batch passes through it")}
+    # A layer that no batch of this rank reaches may be reached on another one.
+    for name in dict.fromkeys(name for theirs in seen for name in theirs):
+        facts = [theirs[name] for theirs in seen if name in theirs]
+        size = max(size for size, _, _ in facts)
+        if size == 0:
+            skipped[name] = next((reason for _, _, reason in facts if reason), "its output is empty")
             continue
-        sums = observer.sums.clone()
-        channels[name] = observer.moments(sums if reduce is None else reduce(sums))
+        del skipped[name]
+        calls = max(calls for _, calls, _ in facts)
+        channels[name] = _moments(ranks.sum_(observers[name].sums_of(size)), calls)
         if not bool(channels[name].std.isfinite().all()):
             raise NonFiniteError(
                 f"The output of layer {name!r} is not finite",
@@ -201,6 +210,12 @@ def _finished(
                 remedy="check the data, and the layers before this one",
             )
     return NormStatistics(channels, skipped)
+
+
+def _moments(sums: Tensor, calls: int) -> ChannelMoments:
+    count, total, squares = sums.unbind()
+    mean = total / count
+    return ChannelMoments(mean, (squares / count - mean.square()).clamp_min(0).sqrt(), float(count[0]), calls)
 
 
 def _shown(batches: Sequence[Any], description: str, progress: Progress | None) -> Iterator[Any]:

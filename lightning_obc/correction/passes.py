@@ -14,11 +14,12 @@ from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.batches import to_device
 from lightning_obc.calibration.isolation import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.calibration.source import numbered_part
+from lightning_obc.distributed import Ranks
 from lightning_obc.errors import EmptyCalibrationError
 
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[str, float, float], None]
-Reduce = Callable[[Tensor], Tensor]
 
 
 @contextmanager
@@ -30,17 +31,30 @@ def quiet(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def limited(batches: Iterable[Any], limit: int | None) -> list[Any]:
-    """The first ``limit`` batches, kept: corrections go over the same batches many times.
+def limited(batches: Iterable[Any], limit: int | None, ranks: Ranks | None = None) -> list[Any]:
+    """This rank's share of the first ``limit`` batches, kept: corrections go over the same batches many times.
 
     Raises:
         EmptyCalibrationError: There are no batches.
     """
     with preserved_rng():
-        kept = list(islice(batches, limit))
-    if not kept:
+        return list(shared(batches, limit, ranks))
+
+
+def shared(batches: Iterable[Any], limit: int | None, ranks: Ranks | None) -> Iterator[Any]:
+    """This rank's share of the first ``limit`` batches.
+
+    Raises:
+        EmptyCalibrationError: There are no batches, on any rank.
+    """
+    rank, size = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    found = False
+    for numbered in islice(numbered_part(batches, rank, size), limit):
+        found = True
+        if numbered.index % size == rank:
+            yield numbered.batch
+    if not found:
         raise no_batches(batches)
-    return kept
 
 
 def no_batches(batches: Iterable[Any]) -> EmptyCalibrationError:

@@ -12,11 +12,12 @@ from torch import nn
 from lightning_obc.correction.batch_norm import reset_batch_norm, tracking_layers
 from lightning_obc.correction.moments import NormStatistics, record_statistics
 from lightning_obc.correction.norms import norm_layers
-from lightning_obc.correction.passes import Forward, Progress, Reduce
+from lightning_obc.correction.passes import Forward, Progress
 from lightning_obc.correction.result import CorrectionReport
 from lightning_obc.correction.statistics import correct_bias, correct_statistics
 from lightning_obc.correction.tuning import tune_global, tune_vectors
 from lightning_obc.correction_spec import Correct
+from lightning_obc.distributed import Ranks, exchange
 from lightning_obc.errors import ScheduleError
 from lightning_obc.layers import select_layers
 from lightning_obc.specs import Stage
@@ -45,7 +46,7 @@ def dense_references(
     *,
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[int, DenseReference]:
     """What the corrections of a recipe need of the dense model. Call it before the first weight changes.
 
@@ -57,7 +58,7 @@ def dense_references(
         batches: Re-iterable calibration batches, later used for the corrections too.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks; None for a single process.
+        ranks: Processes that share the batches; None for a single process.
 
     Returns:
         References by index into ``stages``, for :func:`run_correction`.
@@ -81,7 +82,7 @@ def dense_references(
             batches_limit=stage.batches_limit,
             forward=forward,
             progress=progress,
-            reduce=reduce,
+            ranks=ranks,
         )
     return references
 
@@ -96,7 +97,7 @@ def run_correction(
     quantized: Collection[str] = (),
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> CorrectionReport:
     """Run one correction stage in place. After an error the model is as it was before.
 
@@ -110,8 +111,8 @@ def run_correction(
         quantized: Names of the quantized layers, whose weights stay.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks; None for a single process. Tuning has no use for it: let one rank tune, and
-            send its parameters to the others.
+        ranks: Processes that share the batches; None for a single process. Tuning runs on all batches on every rank,
+            and what rank 0 has found goes to the others.
 
     Raises:
         ScheduleError: The method needs the dense model, and there is none.
@@ -121,21 +122,34 @@ def run_correction(
     shared: dict[str, Any] = {"forward": forward, "progress": progress, "batches_limit": stage.batches_limit}
     if stage.method == "batch_norm":
         chosen: dict[str, Any] = {"layers": stage.layers, "exclude": stage.exclude, "momentum": stage.momentum}
-        return reset_batch_norm(model, batches, reduce=reduce, **chosen, **shared)
+        return reset_batch_norm(model, batches, ranks=ranks, **chosen, **shared)
     if dense is None:
         raise _no_dense(stage)
     if stage.method == "statistics":
-        chosen = {"layers": stage.layers, "exclude": stage.exclude, "reduce": reduce}
+        chosen = {"layers": stage.layers, "exclude": stage.exclude, "ranks": ranks}
         return correct_statistics(model, dense, batches, **chosen, **shared)
     if stage.method == "bias":
-        chosen = {"layers": layers, "exclude": stage.exclude, "reduce": reduce}
+        chosen = {"layers": layers, "exclude": stage.exclude, "ranks": ranks}
         return correct_bias(model, dense, batches, **chosen, **shared)
     if not isinstance(dense, nn.Module):
         raise _no_dense(stage)
     chosen = {"layers": layers, "exclude": stage.exclude} | stage.tuning
     if stage.method == "vectors":
-        return tune_vectors(model, dense, batches, **chosen, **shared)
-    return tune_global(model, dense, batches, fixed=quantized, **chosen, **shared)
+        report = tune_vectors(model, dense, batches, **chosen, **shared)
+    else:
+        report = tune_global(model, dense, batches, fixed=quantized, **chosen, **shared)
+    return _as_on_first(model, report, ranks)
+
+
+@torch.no_grad()
+def _as_on_first(model: nn.Module, report: CorrectionReport, ranks: Ranks | None) -> CorrectionReport:
+    """What rank 0 has tuned; a time limit, or another processor, may have ended elsewhere on other ranks."""
+    if ranks is None or ranks.size == 1:
+        return report
+    found = exchange(ranks, report)
+    for parameter in model.parameters():
+        ranks.broadcast_(parameter, 0)
+    return found[0]
 
 
 def _no_dense(stage: Correct) -> ScheduleError:

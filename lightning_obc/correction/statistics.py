@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.correction.channels import affine
-from lightning_obc.correction.moments import ChannelMoments, NormStatistics, measure, record_statistics
+from lightning_obc.correction.moments import ChannelMoments, NormStatistics, measure
 from lightning_obc.correction.norms import norm_layers
-from lightning_obc.correction.passes import Forward, Progress, Reduce, limited
+from lightning_obc.correction.passes import Forward, Progress, limited
 from lightning_obc.correction.result import CorrectedLayer, CorrectionReport
+from lightning_obc.distributed import Ranks
 from lightning_obc.errors import LayerNotReachedError, ShapeError, SpecError
 from lightning_obc.layers import select_layers
 
@@ -35,7 +36,7 @@ def correct_statistics(
     exclude: Sequence[str] | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> CorrectionReport:
     """Match mean and standard deviation of every norm layer's output channels to the dense model's (paper, section 6).
 
@@ -54,7 +55,7 @@ def correct_statistics(
         exclude: Entries of the same kinds to leave out.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks; None for a single process.
+        ranks: Processes that share the batches; None for a single process.
 
     Returns:
         One row per corrected layer; layers without affine parameters are in ``skipped``.
@@ -70,11 +71,11 @@ def correct_statistics(
     def correct(module: nn.Module, target: ChannelMoments, now: ChannelMoments) -> str:
         return _fold_(module, target, now, max_ratio)
 
-    kept = limited(batches, batches_limit)
+    kept = limited(batches, batches_limit, ranks)
     if isinstance(dense, nn.Module):
         dense_norms = norm_layers(dense, layers, exclude)
-        dense = record_statistics(dense, kept, layers=dense_norms, forward=forward, reduce=reduce)
-    run = _Sequential(model, dense, kept, forward, progress, reduce)
+        dense = measure(dense, dense_norms, kept, forward=forward, ranks=ranks)
+    run = _Sequential(model, dense, kept, forward, progress, ranks)
     return run("statistics", norms, correct, {name: _why_not_scaled(module) for name, module in norms.items()})
 
 
@@ -88,7 +89,7 @@ def correct_bias(
     exclude: Sequence[str] | None = None,
     forward: Forward | None = None,
     progress: Progress | None = None,
-    reduce: Reduce | None = None,
+    ranks: Ranks | None = None,
 ) -> CorrectionReport:
     """Remove the mean shift of the compressed layers' outputs through their biases: ``b ↦ b + μ* - μ``.
 
@@ -104,7 +105,7 @@ def correct_bias(
         exclude: Entries of the same kinds to leave out.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        reduce: Sums a tensor over ranks; None for a single process.
+        ranks: Processes that share the batches; None for a single process.
 
     Returns:
         One row per corrected layer; layers without a bias, or whose output cannot be observed, are in ``skipped``.
@@ -114,11 +115,11 @@ def correct_bias(
         ShapeError: The recorded statistics belong to another model.
     """
     chosen = select_layers(model, layers, exclude)
-    kept = limited(batches, batches_limit)
+    kept = limited(batches, batches_limit, ranks)
     if isinstance(dense, nn.Module):
         dense_layers = select_layers(dense, layers, exclude)
-        dense = record_statistics(dense, kept, layers=dense_layers, forward=forward, reduce=reduce)
-    run = _Sequential(model, dense, kept, forward, progress, reduce)
+        dense = measure(dense, dense_layers, kept, forward=forward, ranks=ranks)
+    run = _Sequential(model, dense, kept, forward, progress, ranks)
     reasons = {name: None if affine(module)[1] is not None else "it has no bias" for name, module in chosen.items()}
     return run("bias", chosen, _shift_, reasons)
 
@@ -133,10 +134,10 @@ class _Sequential:
         batches: Sequence[Any],
         forward: Forward | None,
         progress: Progress | None,
-        reduce: Reduce | None,
+        ranks: Ranks | None,
     ) -> None:
         self.model, self.dense, self.batches = model, dense, batches
-        self.forward, self.progress, self.reduce = forward, progress, reduce
+        self.forward, self.progress, self.ranks = forward, progress, ranks
 
     def __call__(
         self, method: str, layers: Mapping[str, nn.Module], correct: _Correct, reasons: Mapping[str, str | None]
@@ -210,7 +211,7 @@ class _Sequential:
         ]
 
     def _measure(self, layers: Mapping[str, nn.Module], stop: bool = False) -> NormStatistics:
-        return measure(self.model, layers, self.batches, forward=self.forward, stop=stop, reduce=self.reduce)
+        return measure(self.model, layers, self.batches, forward=self.forward, stop=stop, ranks=self.ranks)
 
 
 def distance(target: ChannelMoments, now: ChannelMoments, with_std: bool = True) -> float:

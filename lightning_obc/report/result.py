@@ -58,6 +58,23 @@ class LayerReport:
     inherited: float | None = None
 
 
+@dataclass
+class RankWork:
+    """What one of several ranks had to do in a stage.
+
+    Attributes:
+        rank: Number of the rank.
+        layers: Layers that it solved; of one whose rows were shared, each rank counts its share.
+        flops: Their estimated flop, ⅔·R·d³ for each problem.
+        seconds: Time it spent on solving.
+    """
+
+    rank: int = 0
+    layers: float = 0.0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
 @dataclass(frozen=True)
 class StageReport:
     """One stage of a recipe.
@@ -69,6 +86,7 @@ class StageReport:
         solutions: The engine's solutions by layer name, in matrix layout ``[g, R, d]``.
         samples: Calibration samples behind the Hessians.
         seconds: Wall time of the stage, calibration included.
+        work: What each rank did, where several processes have worked together.
     """
 
     stage: str
@@ -77,6 +95,7 @@ class StageReport:
     solutions: Mapping[str, LayerSolution] = field(default_factory=dict, repr=False)
     samples: int = 0
     seconds: float = 0.0
+    work: Sequence[RankWork] = ()
 
     @property
     def loss(self) -> float:
@@ -102,6 +121,7 @@ class StageReport:
             "skipped": dict(self.skipped),
             "samples": self.samples,
             "seconds": self.seconds,
+            "work": [asdict(share) for share in self.work],
         }
 
 

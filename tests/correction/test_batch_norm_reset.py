@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from thread_ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -176,25 +177,21 @@ def test_a_layer_that_is_called_twice_averages_over_both_calls() -> None:
     torch.testing.assert_close(net.norm.running_var, (12 * x.var(0) + 4 * other.var(0)) / 16)
 
 
-def test_reduce_averages_over_ranks() -> None:
-    first, second = _net(), _net()
-    batches = _batches(4, 4)
-    own = {}
-    for net, batch in ((first, batches[0]), (second, batches[1])):
-        reset_batch_norm(net, [batch])
-        own[net] = _snapshot(net)
-    sums = iter(())
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_ranks_agree_with_one_process(momentum: float | None) -> None:
+    """Two ranks with five batches of unequal size, the last of them on one rank alone."""
+    batches = _batches(4, 4, 4, 3, 3)
 
-    def other_rank(tensor: Tensor) -> Tensor:
-        mean, variance = next(sums)
-        return tensor + torch.stack([mean * tensor[2], variance * tensor[2], tensor[2]])
+    def work(ranks: Any = None) -> dict[str, Tensor]:
+        net = _net()
+        report = reset_batch_norm(net, batches, momentum=momentum, ranks=ranks)
+        assert report.batches == len(batches)
+        return _snapshot(net)
 
-    merged = _net()
-    sums = iter([(own[second][f"{n}.running_mean"].double(), own[second][f"{n}.running_var"].double()) for n in NAMES])
-    reset_batch_norm(merged, [batches[0]], reduce=other_rank)
-    for name in NAMES:
-        expected = (own[first][f"{name}.running_mean"] + own[second][f"{name}.running_mean"]) / 2
-        torch.testing.assert_close(merged.get_buffer(f"{name}.running_mean"), expected)
+    alone, together = work(), run_ranks(2, work)
+    assert all(torch.equal(together[0][key], together[1][key]) for key in alone)
+    for key, value in alone.items():
+        torch.testing.assert_close(together[0][key], value, rtol=1e-6, atol=1e-6)
 
 
 NAMES = ("norm1", "norm2")

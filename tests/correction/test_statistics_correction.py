@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from thread_ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -322,23 +323,21 @@ def test_frozen_batch_norm_with_buffers_is_corrected() -> None:
     torch.testing.assert_close(new_std, std, rtol=1e-4, atol=1e-4)
 
 
-def test_reduce_makes_ranks_agree_with_one_process() -> None:
-    """Two ranks in lockstep, each with half of the samples, against one process with all of them."""
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_one_process(size: int) -> None:
+    """Three batches: with four ranks, one of them has none."""
     dense, small, _ = _residual()
-    halves = [torch.randn(6, 3, 10, 10), torch.randn(6, 3, 10, 10)]
-    whole, alone = copy.deepcopy(small), copy.deepcopy(small)
-    correct_statistics(whole, dense, [torch.cat(halves)], layers=["norm"])
-    sums: list[Tensor] = []
+    batches = list(torch.randn(18, 3, 10, 10).split([7, 6, 5]))
 
-    def keep(tensor: Tensor) -> Tensor:
-        sums.append(tensor)
-        return tensor
+    def work(ranks: Any = None) -> dict[str, Tensor]:
+        model = copy.deepcopy(small)
+        correct_statistics(model, dense if ranks is None else copy.deepcopy(dense), batches, ranks=ranks)
+        return model.state_dict()
 
-    correct_statistics(copy.deepcopy(small), dense, halves[1:], layers=["norm"], reduce=keep)
-    others = iter(sums)
-    correct_statistics(alone, dense, halves[:1], layers=["norm"], reduce=lambda tensor: tensor + next(others))
-    for key, value in whole.state_dict().items():
-        torch.testing.assert_close(alone.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+    alone, together = work(), run_ranks(size, work)
+    for key, value in alone.items():
+        assert all(torch.equal(theirs[key], together[0][key]) for theirs in together)
+        torch.testing.assert_close(together[0][key], value, rtol=1e-5, atol=1e-6)
 
 
 # Biases.

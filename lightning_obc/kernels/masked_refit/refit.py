@@ -10,14 +10,16 @@ backward error of a float64 factorisation get one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
+from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import padded_columns, resolve_budget, rowwise_product, submatrix
 
 _REFINEMENTS = 8
@@ -57,6 +59,22 @@ def masked_refit(
     groups, rows, columns = dense.shape
     if columns == 0 or groups * rows == 0:
         return dense.to(torch.float64)
+    shared = {"damped_hessian": damped_hessian, "inverse": inverse}
+    by_row = {"dense": dense, "mask": mask}
+    # A third of k³ for the factor of a row, and k is about half of the columns where it takes longest.
+    flops = groups * rows * columns**3 / 24
+    return by_rows("masked_refit", shared, by_row, {"memory_budget": memory_budget}, flops)["weight"]
+
+
+@task("masked_refit")
+def _refit_rows(shared: Tensors, by_row: Tensors, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """:func:`masked_refit` of some of a layer's rows."""
+    budget = resolve_budget(options["memory_budget"], by_row["dense"].device)
+    return {"weight": _refit(shared["damped_hessian"], by_row["dense"], by_row["mask"], shared["inverse"], budget)}
+
+
+def _refit(damped_hessian: Tensor, dense: Tensor, mask: Tensor, inverse: Tensor | None, budget: int) -> Tensor:
+    groups, rows, columns = dense.shape
     target = dense.to(torch.float64)
     result = torch.where(mask, target, torch.zeros_like(target)).reshape(groups * rows, columns)
     flat, kept = target.reshape(groups * rows, columns), mask.reshape(groups * rows, columns)
@@ -64,7 +82,6 @@ def masked_refit(
     few_pruned = (2 * count > columns) if inverse is not None else torch.zeros_like(count, dtype=torch.bool)
     size = torch.where(few_pruned, columns - count, count)
     moved = (count > 0) & (count < columns)
-    budget = resolve_budget(memory_budget, dense.device)
     if bool((moved & ~few_pruned).any()):
         scaled = _Scaled.of(damped_hessian)
         lost = ((target * ~mask) @ damped_hessian).reshape(groups * rows, columns)

@@ -9,12 +9,15 @@ Index legend: ``P`` rows in flight, ``b`` blocks alive, ``c`` columns per block,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
+from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import resolve_budget
 
 PANEL = 16
@@ -51,19 +54,31 @@ def sweep_blocks(
     Returns:
         ``order`` holds block indices, ``T`` is the number of blocks.
     """
+    groups, rows, columns = problem.weight.shape
+    shared = {"inverse": problem.inverse, "hessian": problem.hessian, "members": blocks.members}
+    by_row = {"weight": problem.weight, "keep": problem.keep}
+    options = {"naive": naive, "memory_budget": memory_budget}
+    return SweepOutput(**by_rows("obs_sweep_blocks", shared, by_row, options, 2 / 3 * groups * rows * columns**3))
+
+
+@task("obs_sweep_blocks")
+def _sweep_rows(shared: Tensors, by_row: Tensors, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sweep of some of a layer's rows."""
+    problem = SweepInput(by_row["weight"], shared["inverse"], shared["hessian"], by_row["keep"])
+    blocks = ColumnBlocks(shared["members"])
     groups, rows, _ = problem.weight.shape
     total = groups * rows
-    if naive:
+    if options["naive"]:
         parts = [_naive_row(*_slots(problem, blocks, torch.tensor([row])), blocks.size) for row in range(total)]
     else:
         slots = blocks.members.numel()
-        step = max(1, resolve_budget(memory_budget, problem.weight.device) // (4 * 8 * slots * slots))
+        step = max(1, resolve_budget(options["memory_budget"], problem.weight.device) // (4 * 8 * slots * slots))
         index = torch.arange(total, device=problem.weight.device)
         parts = [_Chunk(*_slots(problem, blocks, rows), blocks.size).run() for rows in index.split(step)]
     order, losses, broken = (torch.cat(column) for column in zip(*parts, strict=True))
     shape = (groups, rows, len(blocks.members))
     count = torch.full(shape[:2], shape[2], dtype=torch.int32, device=order.device)
-    return SweepOutput(order.reshape(shape), losses.reshape(shape), count, broken.reshape(shape[:2]))
+    return SweepOutput(order.reshape(shape), losses.reshape(shape), count, broken.reshape(shape[:2])).tensors()
 
 
 def _slots(problem: SweepInput, blocks: ColumnBlocks, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_obc.errors import BackendError, NonFiniteError, ShapeError
 from lightning_obc.kernels.obs_sweep.types import GridInput, NMGroups, SweepInput, SweepOutput, SweepPlan
+from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import resolve_budget
 
 # A backend is a module with ``sweep(plan)``.
@@ -123,10 +126,28 @@ def _run(
     device = problem.weight.device
     name = resolve_backend(backend, device.type)
     steps = problem.weight.shape[2] if groups is None else _nm_steps(problem, groups)
-    plan = SweepPlan(problem, groups, grid, steps, resolve_budget(memory_budget, device))
     if problem.weight.shape[0] * problem.weight.shape[1] == 0 or steps == 0:
-        return empty_output(plan)
-    return _load(name).sweep(plan)
+        return empty_output(SweepPlan(problem, groups, grid, steps, 0))
+    shared = {"inverse": problem.inverse, "hessian": problem.hessian, "groups": None, "quota": None}
+    rows = {"weight": problem.weight, "keep": problem.keep, "scale": None, "zero_point": None}
+    options = {"backend": name, "steps": steps, "memory_budget": memory_budget, "max_code": 0}
+    if groups is not None:
+        shared |= {"groups": groups.column_group, "quota": groups.quota}
+    if grid is not None:
+        rows |= {"scale": grid.scale, "zero_point": grid.zero_point}
+        options["max_code"] = grid.max_code
+    problems, count, columns = problem.weight.shape
+    return SweepOutput(**by_rows("obs_sweep", shared, rows, options, 2 / 3 * problems * count * columns**3))
+
+
+@task("obs_sweep")
+def _sweep_rows(shared: Tensors, rows: Tensors, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The sweep of some of a layer's rows."""
+    problem = SweepInput(rows["weight"], shared["inverse"], shared["hessian"], rows["keep"])
+    groups = None if shared["groups"] is None else NMGroups(shared["groups"], shared["quota"])
+    grid = None if rows["scale"] is None else GridInput(rows["scale"], rows["zero_point"], options["max_code"])
+    budget = resolve_budget(options["memory_budget"], problem.weight.device)
+    return _load(options["backend"]).sweep(SweepPlan(problem, groups, grid, options["steps"], budget)).tensors()
 
 
 def empty_output(plan: SweepPlan) -> SweepOutput:

@@ -124,6 +124,10 @@ class SweepOutput:
     broken: Tensor
     codes: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that there are, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
     @property
     def any_broken(self) -> bool:
         return bool(torch.any(self.broken))
