@@ -83,6 +83,26 @@ def test_the_same_seed_gives_the_same_batches_and_rounds_differ_in_augmentation_
     assert equal(values(batches), first)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", ["loader", "list"])
+def test_ranks_share_whole_batches_with_the_same_augmentation(workers: int, kind: str) -> None:
+    loader = DataLoader(Augmented(), batch_size=8, shuffle=True, num_workers=workers)
+    batches: Any = calibration_batches(loader, Calibration(samples=42))
+    if kind == "list":
+        batches = calibration_batches(list(batches), Calibration(samples=42))
+    batches.set_round(2)
+    whole = values(batches)
+    for size in (2, 4, 7):
+        found = {}
+        for rank in range(size):
+            parts = list(batches.part(rank, size))
+            assert [(part.index, part.start, part.size) for part in parts] == [
+                (index, 8 * index, len(batch)) for index, batch in enumerate(whole)
+            ]
+            found |= {part.index: part.batch[0] for part in parts if part.index % size == rank}
+        assert equal([found[index] for index in sorted(found)], whole)
+
+
 @pytest.mark.parametrize("source", ["loader", "stream", "batch sampler", "iterable"])
 def test_global_random_states_are_left_alone_between_batches(source: str) -> None:
     dataset = Augmented()
