@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.errors import CalibrationError, StrategyError
+
+_AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
 def callbacks(trainer: Trainer) -> list[Callback]:
@@ -179,21 +182,42 @@ def rich_progress(bar: ProgressBar) -> Any:
     return None if progress is None or getattr(bar, "_progress_stopped", True) else progress
 
 
+@dataclass(frozen=True)
+class Average:
+    """The averaged model of a callback, and the number of values in it, where it counts them."""
+
+    model: torch.nn.Module
+    count: torch.Tensor | None
+
+
+def averages(trainer: Trainer) -> list[Average]:
+    """Averaged models of the Trainer's callbacks, as far as they exist now."""
+    found: list[Average] = []
+    for callback in callbacks(trainer):
+        model = getattr(callback, "_average_model", None)
+        if isinstance(callback, WeightAveraging) and model is not None:
+            found.append(Average(model.module, model.n_averaged))
+        elif isinstance(callback, StochasticWeightAveraging) and model is not None:
+            found.append(Average(model, callback.n_averaged))
+    return found
+
+
+def behind_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Call ``callback`` after those that average weights: it holds what they have averaged, and compresses at the end
+    what they put into the model. Lightning's own order is kept otherwise."""
+    present = callbacks(trainer)
+    last = max((i for i, other in enumerate(present) if isinstance(other, _AVERAGING)), default=-1)
+    if present.index(callback) < last:
+        others = [other for other in present[: last + 1] if other is not callback]
+        vars(trainer)["callbacks"] = [*others, callback, *present[last + 1 :]]
+
+
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse strategies and callbacks under which compression would be wrong.
+    """Refuse strategies under which compression would be wrong.
 
     Raises:
-        StrategyError: The strategy is not supported, or weights are averaged: an average of weights that were pruned
-            and quantized at some time has neither the zeros nor the grid.
+        StrategyError: The strategy is not supported.
     """
-    averaging = [c for c in callbacks(trainer) if isinstance(c, (StochasticWeightAveraging, WeightAveraging))]
-    if averaging:
-        raise StrategyError(
-            "Weight averaging would undo the compression",
-            got=", ".join(type(callback).__name__ for callback in averaging),
-            expected="no averaging of weights in the run that compresses",
-            remedy="train with averaging first, then compress the averaged checkpoint",
-        )
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise StrategyError(
             "This strategy is not supported",

@@ -130,6 +130,22 @@ class HeldWeights:
         _check_live(bound, self.layers)
         self._bound = {name: held for name, held in bound.items() if held is not None}
 
+    def copy_of(self, model: nn.Module) -> HeldCopy:
+        """What is held, for another model with the same layers, such as an average of the weights."""
+        modules = _compressible(model) if self.layers else {}
+        bound = {name: _Bound.make(_find(modules, name, layer), layer) for name, layer in self.layers.items()}
+        for name, held in bound.items():
+            live = self._bound.get(name)
+            if held is not None and held.frozen is not None and live is not None and live.frozen is not None:
+                held.frozen.copy_(live.frozen)
+        return HeldCopy([held for held in bound.values() if held is not None])
+
+    @torch.no_grad()
+    def rebase_(self) -> None:
+        """Weights of layers that train on their grid may have been replaced by others that lie on it: go on there."""
+        for bound in self._bound.values():
+            bound.rebase_()
+
     def unbind(self) -> None:
         """Let go of the model; what is held stays held."""
         self._pull_latents()
@@ -238,6 +254,25 @@ class _Bound:
         nearest = _moved(layer.grid, matrix.device).quantize(matrix.float())
         return bool(((nearest - matrix.float()).abs() <= rounding * matrix.float().abs()).all())
 
+    def project_(self) -> None:
+        """Put a copy's weight, wherever it has been moved, on its mask and grid."""
+        if self.frozen is not None:
+            self.weight.copy_(self.frozen)
+        elif self.grid is not None:
+            if self.grid.scale.device != self.weight.device:
+                self.grid = _moved(self.grid, self.weight.device)
+            matrix = self.adapter.weight_matrix(self.module).float()
+            self.adapter.write_weight_(self.module, self.grid.quantize(matrix))
+        if self.pruned is not None:
+            self.pruned = self.pruned.to(self.weight.device)
+            self.weight.masked_fill_(self.pruned, 0.0)
+
+    def rebase_(self) -> None:
+        if self.latent is None or self.last is None or torch.equal(self.last, self.weight):
+            return
+        self.latent.copy_(self.adapter.to_matrix_layout(self.module, self.weight.detach().float()))
+        self.last.copy_(self.weight)
+
     def apply_(self) -> None:
         if self.frozen is not None:
             self.weight.copy_(self.frozen)
@@ -250,6 +285,19 @@ class _Bound:
             self.weight.masked_fill_(self.pruned, 0.0)
         if self.last is not None:
             self.last.copy_(self.weight)
+
+
+@dataclass
+class HeldCopy:
+    """The held layers of a copy of the model; its weights change by other hands than an optimizer's."""
+
+    bound: list[_Bound]
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Put the copy's weights on masks and grids. Applying twice changes nothing."""
+        for bound in self.bound:
+            bound.project_()
 
 
 def is_computed(module: nn.Module) -> bool:

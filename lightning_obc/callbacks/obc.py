@@ -15,9 +15,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.averaging import Averages
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
-from lightning_obc.callbacks.passes import checked_plans, collector, edges, follow, references
+from lightning_obc.callbacks.passes import (
+    check_destination,
+    checked_plans,
+    collector,
+    edges,
+    follow,
+    references,
+    whole_or_not,
+)
 from lightning_obc.callbacks.recording import write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
@@ -96,7 +105,7 @@ class OBCCallback(Callback):
         self._state = self._fresh()
         self._module: Optional[ref[LightningModule]] = None
         self._hooks: list[Any] = []
-        self._trained = False
+        self._averages, self._trained = Averages(), False
         self._edges: Optional[Edges] = None
         self._figures: dict[str, tuple[float, float]] = {}
         self._plans: list[str] = []
@@ -107,7 +116,7 @@ class OBCCallback(Callback):
         return RunState(Timetable(expand(self.stages)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_module": None, "_hooks": []}
+        return self.__dict__ | {"_module": None, "_hooks": [], "_averages": Averages()}
 
     # What users read.
     @property
@@ -162,6 +171,7 @@ class OBCCallback(Callback):
             self._state, self._figures = self._fresh(), {}
         self._module, self._trained = ref(pl_module), False
         compat.check_strategy(trainer)
+        compat.behind_averaging(trainer, self)
         if stage == TrainerFn.FITTING and not compat.fast_dev_run(trainer):
             check_order(self._state.timetable.stages, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
 
@@ -171,10 +181,12 @@ class OBCCallback(Callback):
         checked_plans(trainer, pl_module, self, left, self._edges)
         if self.store is not None:
             SolutionStore(self.store)
+        check_destination(self.save_checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
         self._state.held.bind(pl_module)
+        self._averages.bind(trainer, self._state.held)
         self._detach()
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "register_step_post_hook"):
@@ -182,10 +194,18 @@ class OBCCallback(Callback):
         self._run_due(trainer, pl_module, at_train_start)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run_due(trainer, pl_module, any_of(at_epoch(trainer.current_epoch), self._at_plateau))
+        self._averages.transferred_(self._state.held)
+        self._averages.apply_()
+        self._run_before_training(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._run_due(trainer, pl_module, self._at_plateau)
+        # Resumed behind the last batch of an epoch, Lightning starts the next one without its hook; and after an
+        # interruption inside a stage, the step that it belongs to is over.
+        self._run_before_training(trainer, pl_module)
+
+    def _run_before_training(self, trainer: Trainer, module: LightningModule) -> None:
+        over = at_epoch(trainer.current_epoch), at_step(trainer.global_step), self._at_plateau
+        self._run_due(trainer, module, any_of(*over))
 
     def _at_plateau(self, stage: Stage) -> bool:
         return at_plateau(self._state.watch.reached)(stage)
@@ -198,14 +218,17 @@ class OBCCallback(Callback):
     ) -> None:
         # Optimizers without hooks, and modules that edit their weights themselves.
         self._state.held.apply_()
+        self._averages.apply_()
         self._run_due(trainer, pl_module, at_step(trainer.global_step))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averages.apply_()
         follow(trainer, self._state.timetable, self._state.watch, validation=False)
         figures = model_figures(pl_module, self._state.held.layers)
         pl_module.log_dict({**figures, "obc/stage": float(len(self._state.timetable.done))})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._averages.transferred_(self._state.held)
         everything = compat.fast_dev_run(trainer)
         due = any_of(at_train_end, self._at_plateau)
         self._run_due(trainer, pl_module, (lambda _: True) if everything else due)
@@ -243,6 +266,7 @@ class OBCCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._state.held.unbind()
+        self._averages.unbind()
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -267,11 +291,13 @@ class OBCCallback(Callback):
             dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
             for index, stage in stages.items():
                 figures: dict[str, float] = {}
-                if isinstance(stage, Correct):
-                    self._correct(module, stage, collect, dense[index])
-                else:
-                    figures = self._compress(module, index, collect, display)
+                with whole_or_not(module, stage, self.calibration):
+                    if isinstance(stage, Correct):
+                        self._correct(module, stage, collect, dense[index])
+                    else:
+                        figures = self._compress(module, index, collect, display)
                 self._state.finish(index)
+                self._averages.restart_(trainer, module, self._state.held)
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
     def _measure_dense(self, trainer: Trainer, module: LightningModule) -> None:

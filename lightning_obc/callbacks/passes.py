@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +20,7 @@ from lightning_obc.callbacks.plateau import PlateauWatch, monitored
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import DenseReference, dense_references
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import ScheduleError, UnsupportedLayerError
+from lightning_obc.errors import ExportError, ScheduleError, UnsupportedLayerError
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
@@ -99,6 +102,50 @@ def follow(trainer: Trainer, timetable: Timetable, watch: PlateauWatch, *, valid
         return
     value = trainer.strategy.reduce(torch.tensor(monitored(plateau, logged)), reduce_op="mean")
     watch.observe(plateau, float(value), trainer.global_step)
+
+
+@contextmanager
+def whole_or_not(module: nn.Module, stage: Stage, spec: Calibration) -> Iterator[None]:
+    """After an exception or an interrupt inside, the model is as it was before the stage.
+
+    A checkpoint that is saved then, with a stage that counts as not run, must not hold half of it. Independent
+    calibration writes all layers at its end; what writes earlier is copied to host memory first.
+    """
+    early = spec.paired or spec.bias or isinstance(stage, Correct)
+    tensors = [*module.parameters(), *module.buffers()] if early else []
+    saved = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+        raise
+
+
+def check_destination(path: bool | str | os.PathLike[str]) -> None:
+    """Find out now, not after the training, that the compressed checkpoint cannot be written.
+
+    Raises:
+        ExportError: The folder cannot be made or written, or the path is one.
+    """
+    if isinstance(path, bool) or "://" in os.fspath(path):
+        return
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        problem = "it is a folder" if target.is_dir() else None
+        if not os.access(target.parent, os.W_OK):
+            problem = "its folder cannot be written"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem is not None:
+        raise ExportError(
+            "The compressed checkpoint could not be saved after the training",
+            got=f"save_checkpoint={str(target)!r}: {problem}",
+            expected="a file in a folder that can be written",
+            remedy="choose another path",
+        )
 
 
 def collector(trainer: Trainer, module: LightningModule, spec: Calibration, display: Display) -> Collector:

@@ -77,7 +77,8 @@ def _disorder(before: Stage, after: Stage) -> ScheduleError:
         "Stages are not in the order of their times",
         got=f"{before} at {before.at}, then {after} at {after.at}",
         expected="stages in the order in which they run",
-        remedy="sort them by time",
+        remedy="sort them by time; stages of other layers that overlap with a gradual one go into an OBCCallback "
+        "of their own",
     )
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from small import Small, loader, quiet_trainer
 
 import lightning_obc as obc
-from lightning_obc.errors import BackendError, EmptyCalibrationError, FingerprintError, StrategyError
+from lightning_obc.errors import BackendError, EmptyCalibrationError, FingerprintError
 
 SPEC = obc.Calibration(samples=48)
 
@@ -18,13 +17,6 @@ SPEC = obc.Calibration(samples=48)
 def recipe(at: str = "train_end", save: bool | Path = False) -> obc.OBCCallback:
     stages = [obc.Prune("2:4", at=at), obc.Quantize(4, at=at)]
     return obc.OBCCallback(stages, SPEC, save_checkpoint=save, verbose=False)
-
-
-@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(0.9), lambda: StochasticWeightAveraging(0.1)])
-def test_weight_averaging_is_refused(tmp_path: Path, average) -> None:
-    model = Small()
-    with pytest.raises(StrategyError, match="averaging"):
-        quiet_trainer(tmp_path, recipe(), average()).fit(model, loader(), loader())
 
 
 def test_dense_weights_under_a_used_callback_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""A run that is stopped anywhere and resumed ends with the weights of one that was not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from small import Small, is_two_four, levels, loader, quiet_trainer, same, weights
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lightning_obc as obc
+from lightning_obc import pipeline
+
+STEPS = 6
+
+
+class Resumable(DataLoader[Any]):
+    """A loader that goes on where it was, as Lightning needs it to resume within an epoch."""
+
+    start, done = 0, 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        first, self.start = self.start, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= first:
+                self.done = index + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["done"]
+
+
+def resumable() -> Resumable:
+    plain = loader(shuffle=False)
+    return Resumable(plain.dataset, batch_size=plain.batch_size)
+
+
+RECIPES: dict[str, list[Any]] = {
+    "gradual": [
+        obc.Prune(0.5, at={"step": 2}, layers=["conv"], schedule=obc.Gradual(3, every=3, initial=0.2)),
+        obc.Prune("2:4", at={"epoch": 2}, layers=["fc"]),
+    ],
+    "train": [obc.Prune("2:4", at={"step": 4}), obc.Quantize(3, at={"step": 9}, after="train")],
+    "freeze": [
+        obc.Prune("2:4", at={"epoch": 1}),
+        obc.Quantize(3, at={"epoch": 2}, layers=["conv"]),
+        obc.Prune(0.6, layers=["fc"]),
+    ],
+}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "gradual": {"optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "train": {"optimizer": torch.optim.Adam, "lr": 0.02},
+    "freeze": {"optimizer": torch.optim.AdamW, "lr": 0.02, "weight_decay": 0.2},
+}
+SPEC = obc.Calibration(samples=16)
+
+
+def fit(path: Path, kind: str, *more: Any, resume: Any = None, spec: Any = SPEC, **options: Any) -> Small:
+    """One run, or the rest of one. Without dropout: Lightning does not save random states."""
+    torch.manual_seed(2)
+    model = Small(**OPTIMIZERS[kind])
+    model.drop = nn.Identity()
+    callback = obc.OBCCallback(RECIPES[kind], spec, verbose=False, save_checkpoint=False, compare=False, **options)
+    trainer = quiet_trainer(path, callback, *more, enable_checkpointing=bool(more))
+    trainer.fit(model, resumable(), loader(1, shuffle=False), ckpt_path=resume, weights_only=True)
+    return model
+
+
+@pytest.fixture(scope="module", params=list(RECIPES))
+def whole(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, dict[str, Any]]:
+    """An uninterrupted run, with a checkpoint after every step and every epoch."""
+    path = tmp_path_factory.mktemp(request.param)
+    steps = ModelCheckpoint(
+        path, filename="step={step}", save_top_k=-1, every_n_train_steps=1, auto_insert_metric_name=False
+    )
+    epochs = ModelCheckpoint(path, filename="epoch={step}", save_top_k=-1, auto_insert_metric_name=False)
+    model = fit(path, request.param, steps, epochs)
+    return request.param, path, weights(model)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 4, 5, 6, 7, 9, 11, 13, 17])
+def test_resume_after_any_step(whole: Any, tmp_path: Path, stop: int) -> None:
+    kind, path, expected = whole
+    assert same(weights(fit(tmp_path, kind, resume=str(path / f"step={stop}.ckpt"))), expected)
+
+
+@pytest.mark.parametrize("stop", [6, 12, 18])
+def test_resume_after_an_epoch(whole: Any, tmp_path: Path, stop: int) -> None:
+    kind, path, expected = whole
+    assert same(weights(fit(tmp_path, kind, resume=str(path / f"epoch={stop}.ckpt"))), expected)
+
+
+@pytest.mark.parametrize("kind", ["train", "freeze"])
+@pytest.mark.parametrize("mode", ["independent", "sequential"])
+def test_resume_of_a_run_that_was_interrupted_inside_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: Any
+) -> None:
+    """Also when the checkpoint is written at the moment of the interrupt: it holds no half of a stage."""
+    spec = obc.Calibration(samples=16, mode=mode)
+    expected = weights(fit(tmp_path, kind, spec=spec))
+    calls, solve = [0], pipeline.solve_layer
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise InterruptedError("power cut")
+        return solve(*args, **options)
+
+    # The pipeline keeps a layer that it cannot solve; an interrupt is no such thing.
+    class Stop(BaseException):
+        pass
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        try:
+            return interrupted(*args, **options)
+        except InterruptedError as error:
+            raise Stop from error
+
+    saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, save_top_k=0)
+    monkeypatch.setattr(pipeline, "solve_layer", stopped)
+    with pytest.raises(Stop):
+        fit(tmp_path, kind, saving, spec=spec, store=tmp_path / "store")
+    monkeypatch.setattr(pipeline, "solve_layer", solve)
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    assert torch.load(path, weights_only=True)["state_dict"]["fc.weight"].ne(0).all()
+    assert same(weights(fit(tmp_path, kind, resume=str(path), spec=spec, store=tmp_path / "store")), expected)
+    assert calls[0] == 2, "the layer that was solved before is not solved again"
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Small, list[str]]:
+    path = tmp_path_factory.mktemp("compressed")
+    keys = list(Small().state_dict())
+    files = [
+        ModelCheckpoint(path, filename="best", monitor="val_loss"),
+        ModelCheckpoint(path, filename="weights", save_weights_only=True),
+    ]
+    model = Small()
+    stages = [obc.Prune("2:4", at="train_start"), obc.Quantize(3, at="train_start")]
+    trainer = quiet_trainer(path, make_callback(stages), *files, enable_checkpointing=True)
+    trainer.fit(model, loader(), loader(1, shuffle=False))
+    before = weights(model)
+    (figures,) = trainer.test(model, loader(1, shuffle=False), ckpt_path="best", verbose=False)
+    assert figures["test_loss"] == pytest.approx(float(files[0].best_model_score), rel=1e-5)
+    assert is_compressed(model)
+    model.load_state_dict(before)
+    return path, model, keys
+
+
+def make_callback(stages: list[Any]) -> obc.OBCCallback:
+    return obc.OBCCallback(stages, SPEC, verbose=False, save_checkpoint=False, compare=False)
+
+
+def is_compressed(model: Small) -> bool:
+    return all(is_two_four(layer.weight) and levels(layer.weight) <= 8 for layer in (model.conv, model.fc))
+
+
+@pytest.mark.parametrize("name", ["best.ckpt", "weights.ckpt"])
+@pytest.mark.parametrize("with_callback", [False, True])
+def test_a_checkpoint_loads_everywhere(compressed: Any, tmp_path: Path, name: str, with_callback: bool) -> None:
+    path, _, keys = compressed
+    state = torch.load(path / name, weights_only=True)
+    assert list(state["state_dict"]) == keys
+    loaded = Small.load_from_checkpoint(path / name, strict=True, weights_only=True)
+    assert is_compressed(loaded)
+    stages = [obc.Prune("2:4", at="train_start"), obc.Quantize(3, at="train_start")]
+    model, callbacks = Small(), [make_callback(stages)] if with_callback else []
+    trainer = quiet_trainer(tmp_path, *callbacks)
+    for run in (trainer.validate, trainer.test):
+        run(model, loader(1, shuffle=False), ckpt_path=str(path / name), verbose=False, weights_only=True)
+        assert same(weights(model), weights(loaded))
+    assert len(trainer.predict(model, loader(1, shuffle=False), ckpt_path=str(path / name), weights_only=True)) == 6
+
+
+def test_a_checkpoint_of_weights_alone_says_nothing_of_masks(compressed: Any, tmp_path: Path) -> None:
+    """There is no state to hold by, so the recipe starts anew; what is zero stays zero while it is pruned again."""
+    path, model, _ = compressed
+    stages = [obc.Prune("2:4", at="train_start"), obc.Quantize(3, at="train_start")]
+    again = Small.load_from_checkpoint(path / "weights.ckpt", weights_only=True)
+    callback = make_callback(stages)
+    quiet_trainer(tmp_path, callback, max_epochs=1).fit(again, loader())
+    assert len(callback.report.stages) == 2
+    assert is_compressed(again)
+    assert bool(((model.fc.weight == 0) <= (again.fc.weight == 0)).all())
