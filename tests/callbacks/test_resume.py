@@ -103,28 +103,25 @@ def test_resume_after_an_epoch(whole: Any, tmp_path: Path, stop: int) -> None:
 def test_resume_of_a_run_that_was_interrupted_inside_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, mode: Any
 ) -> None:
-    """Also when the checkpoint is written at the moment of the interrupt: it holds no half of a stage."""
+    """From a checkpoint that is written at the moment of the interrupt (it holds no half of a stage), or before.
+
+    Lightning itself loses the whole epoch when it resumes a checkpoint that was saved in the first hook of an epoch,
+    so the stage that runs there is resumed from the end of the epoch before.
+    """
     spec = obc.Calibration(samples=16, mode=mode)
     expected = weights(fit(tmp_path, kind, spec=spec))
     calls, solve = [0], pipeline.solve_layer
 
-    def interrupted(*args: Any, **options: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 2:
-            raise InterruptedError("power cut")
-        return solve(*args, **options)
-
-    # The pipeline keeps a layer that it cannot solve; an interrupt is no such thing.
     class Stop(BaseException):
-        pass
+        """The pipeline keeps a layer that it cannot solve; an interrupt is no such thing."""
 
     def stopped(*args: Any, **options: Any) -> Any:
-        try:
-            return interrupted(*args, **options)
-        except InterruptedError as error:
-            raise Stop from error
+        calls[0] += 1
+        if calls[0] == 2:
+            raise Stop
+        return solve(*args, **options)
 
-    saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, save_top_k=0)
+    saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=kind == "train", save_top_k=-1)
     monkeypatch.setattr(pipeline, "solve_layer", stopped)
     with pytest.raises(Stop):
         fit(tmp_path, kind, saving, spec=spec, store=tmp_path / "store")
