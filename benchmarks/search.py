@@ -39,7 +39,7 @@ FLOP_BUDGETS = (0.3, 0.15, 0.08, 0.05)
 BOP_BUDGETS = (0.006, 0.0045, 0.0035, 0.0025)
 BOP_LEVELS = product([None, "2:4"], [(None, None), (8, 8), (6, 6), (4, 4), (3, 4), (3, 3), (2, 4), (2, 3), (2, 2)])
 ENCODER_BUDGETS = (0.7, 0.6, 0.5, 0.45)
-ENCODER_BOP_BUDGETS = (0.05, 0.035, 0.025, 0.02)
+ENCODER_BOP_BUDGETS = (0.036, 0.032, 0.02, 0.016)
 ENCODER_BOP_LEVELS = product([None, "2:4"], [(8, 8), (4, 8)]) + product([None], [(6, 6), (4, 4)])
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lightning_obc.solvers import Refine
     from lightning_obc.specs import (
         NM,
+        ActivationGrid,
         Block,
         Calibration,
         IntGrid,
@@ -58,6 +59,7 @@ _HOME = {
     "Plateau": "lightning_obc.schedules",
     "Refine": "lightning_obc.solvers",
     "NM": "lightning_obc.specs",
+    "ActivationGrid": "lightning_obc.specs",
     "Block": "lightning_obc.specs",
     "Calibration": "lightning_obc.specs",
     "IntGrid": "lightning_obc.specs",
@@ -72,6 +74,7 @@ _MODULES = ("baselines", "errors", "obs")
 
 __all__ = [
     "NM",
+    "ActivationGrid",
     "Block",
     "Calibration",
     "CompressionReport",

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_obc.activation_spec import LEAST_BITS
 from lightning_obc.calibration import Collector
 from lightning_obc.errors import LayerNotFoundError
 from lightning_obc.layers import is_lookup, select_layers
@@ -60,7 +61,8 @@ def layer_stages(model: nn.Module, stage: Stage, edges: Edges | None = None) -> 
     found: dict[str, Any] = dict.fromkeys(chosen, plain)
     bits = _treatment(stage)
     if isinstance(stage, Quantize) and isinstance(bits, int):
-        wider = replace(plain, grid=replace(stage.parsed, bits=bits))
+        inputs = None if stage.inputs is None else stage.inputs.with_bits(max(bits, LEAST_BITS))
+        wider = replace(plain, grid=replace(stage.parsed, bits=bits), activations=inputs)
         found |= {name: wider for name in _edges(model, edges) if name in found}
     for key, override in getattr(stage, "overrides", {}).items():
         names = [name for name in select_layers(model, [key]) if name in found]

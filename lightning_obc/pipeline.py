@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
+from lightning_obc.activations import check_visits, input_note, quantize_stage_inputs
 from lightning_obc.calibration import Collector, DenseWeights, calibration_batches, check_comparable, check_finite
 from lightning_obc.correction import (
     CorrectionReport,
@@ -25,6 +26,7 @@ from lightning_obc.correction_spec import Correct
 from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange
 from lightning_obc.errors import BackendError, LayerNotReachedError, OBCError, PatternError, SpecError
 from lightning_obc.files import PathLike
+from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of, unsupported_layers
 from lightning_obc.layerwise import reached_edges
@@ -88,6 +90,7 @@ def run_stage(
     if isinstance(stage, Correct):
         raise SpecError(f"{stage} solves no layers", got="run_stage", expected="correct_after")
     started = time.perf_counter()
+    check_visits(stage, collect)
     plan = plan_stage(model, stage) if plan is None else plan
     ranks = collect.ranks if isinstance(collect, Collector) else SingleProcess()
     with all_or_none(ranks):
@@ -101,12 +104,15 @@ def run_stage(
             run.correct_(group)
             if isinstance(collect, Collector):
                 collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
+        solutions = {x.name: found for x in plan.layers if (found := run.outcomes[x.name].solution) is not None}
+        solved = {x.name: (x.module, x.stage) for x in plan.layers if x.name in solutions}
+        inputs = quantize_stage_inputs(model, solved, collect)
         if progress is not None:
             progress(str(stage), run.total, run.total)
-        rows = [_report(layer, run.outcomes[layer.name]) for layer in plan.layers]
-        solutions = {x.name: found for x in plan.layers if (found := run.outcomes[x.name].solution) is not None}
+        rows = [_report(layer, run.outcomes[layer.name], inputs) for layer in plan.layers]
         work = run.team.end(model, {name: solution.mask for name, solution in solutions.items()})
-    return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, time.perf_counter() - started, work)
+    seconds = time.perf_counter() - started
+    return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, seconds, work, inputs)
 
 
 class _StageRun:
@@ -276,8 +282,10 @@ def _damping(stage: Stage) -> float:
     return damping if isinstance(damping, (int, float)) else _RECENTRING_DAMPING
 
 
-def _report(layer: LayerPlan, outcome: Outcome) -> LayerReport:
-    solution = outcome.solution
+def _report(layer: LayerPlan, outcome: Outcome, inputs: Mapping[str, Grid]) -> LayerReport:
+    solution, status = outcome.solution, outcome.status
+    if solution is not None and layer.name not in inputs:
+        status += input_note(layer.stage, layer.module)
     weight = weight_matrix(layer.module)
     bits = weight.element_size() * 8
     return LayerReport(
@@ -291,10 +299,11 @@ def _report(layer: LayerPlan, outcome: Outcome) -> LayerReport:
         damping_loss=0.0 if solution is None else solution.damping_loss,
         relative_error=0.0 if solution is None else solution.relative_error,
         held_out=None if solution is None else solution.status.held_out,
-        status=outcome.status,
+        status=status,
         seconds=outcome.seconds,
         compressed=solution is not None,
         inherited=outcome.inherited,
+        input_bits=inputs[layer.name].spec.bits if layer.name in inputs else None,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, Optional, Union, get_args
 
+from lightning_obc.activation_spec import ActivationGrid as ActivationGrid
+from lightning_obc.activation_spec import parse_activations
 from lightning_obc.calibration_spec import Calibration as Calibration
 from lightning_obc.errors import SpecError
 from lightning_obc.patterns import NM as NM
@@ -58,7 +60,7 @@ class QuantizeOverride:
     """What a :class:`Quantize` stage does differently in some layers; None leaves the stage's own setting.
 
     Args:
-        grid, damping, misfit, backend, after, solver, refine: As for :class:`Quantize`.
+        grid, damping, misfit, backend, after, solver, refine, activations: As for :class:`Quantize`.
     """
 
     grid: Union[int, IntGrid, None] = None
@@ -68,6 +70,7 @@ class QuantizeOverride:
     after: Optional[Literal["freeze", "train"]] = None
     solver: Optional[QuantizeSolver] = None
     refine: Union[bool, Refine, None] = None
+    activations: Union[int, ActivationGrid, None] = None
 
 
 def _check_overrides(stage: Any, kind: type[Any]) -> None:
@@ -241,7 +244,7 @@ class Prune(Stage):
 
 @dataclass(frozen=True)
 class Quantize(Stage):
-    """Quantize the weights of the selected layers; zeros of pruned layers stay zeros.
+    """Quantize the weights of the selected layers, and their inputs if wanted; zeros of pruned layers stay zeros.
 
     Args:
         grid: Bit width, or an :class:`IntGrid`.
@@ -255,10 +258,13 @@ class Quantize(Stage):
             ``"train"`` goes on training them with a straight-through estimator, always on their grid.
         solver: ``"obs"``, or another method for comparison.
         refine: Coordinate descent on the codes afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
-        edges: Bit width of the first and the last layer of the model, or ``"skip"`` to leave them alone; see
+        edges: Bit width of the first and the last layer of the model and of their inputs, or ``"skip"`` to leave them alone; see
             :class:`Prune`.
         overrides: By name, glob or type name of layers: what is different there, as a :class:`QuantizeOverride` or a
             mapping of its fields, such as ``{"head": {"grid": 8}}``. Of several that match, later ones win.
+        activations: Bit width of the layers' inputs, or an :class:`ActivationGrid`; None leaves them in floating point.
+            Their ranges are found on the calibration data behind the quantized weights, and inputs are rounded from
+            then on, in training with a straight-through gradient. A layer that keeps its weights keeps its input.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)
@@ -273,9 +279,11 @@ class Quantize(Stage):
     refine: Union[bool, Refine] = False
     edges: Union[Literal["same", "skip"], int] = "same"
     overrides: dict[str, QuantizeOverride] = field(default_factory=dict)
+    activations: Union[int, ActivationGrid, None] = None
 
     def __post_init__(self) -> None:
         parse_grid(self.grid)
+        parse_activations(self.activations)
         check_at(self.at)
         _check_damping(self.damping)
         _check_choice("misfit", self.misfit, get_args(Misfit))
@@ -293,5 +301,10 @@ class Quantize(Stage):
     def parsed(self) -> IntGrid:
         return parse_grid(self.grid)
 
+    @property
+    def inputs(self) -> ActivationGrid | None:
+        """How the layers' inputs are quantized; None where they stay in floating point."""
+        return parse_activations(self.activations)
+
     def __str__(self) -> str:
-        return f"Quantize({self.parsed})"
+        return f"Quantize({self.parsed})" if self.inputs is None else f"Quantize({self.parsed}; {self.inputs})"

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_obc.activations.fake import fake_quantize
-from lightning_obc.activations.ranges import ActivationGrid, RangeObserver
+from lightning_obc.activation_spec import ActivationGrid
+from lightning_obc.activations.inputs import InputGrid, InputQuantization, first_tensor
+from lightning_obc.activations.ranges import RangeObserver
 from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.collect import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.errors import (
     EmptyCalibrationError,
-    FingerprintError,
     LayerNotFoundError,
     SpecError,
     UnsupportedLayerError,
@@ -26,7 +25,6 @@ from lightning_obc.errors import (
 from lightning_obc.grids import Grid
 from lightning_obc.layers import adapter_for, is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
-from lightning_obc.specs import IntGrid
 
 EDGE_BITS = 8
 
@@ -192,11 +190,11 @@ class ActivationQuantizer:
                 "Activation ranges are not known yet",
                 got=missing[:8],
                 expected="observed and frozen ranges",
-                remedy="call observe(batches) and freeze() first, or load_state_dict()",
+                remedy="call observe(batches) and freeze() first",
             )
         self.disable()
-        for name, grid in self._grids.items():
-            hook = _Quantize(grid, self.axis(name))
+        for name in self._grids:
+            hook = InputQuantization(self._inputs(name))
             self._handles.append(self._layers[name].register_forward_pre_hook(hook, with_kwargs=True))
         return self
 
@@ -207,41 +205,13 @@ class ActivationQuantizer:
         self._handles = []
         return self
 
-    def state_dict(self) -> dict[str, Any]:
-        """Primitives and CPU tensors, to be saved and loaded with ``weights_only=True``."""
-        return {
-            "spec": asdict(self.spec),
-            "bits": dict(self._bits),
-            "enabled": self.enabled,
-            "scale": {name: grid.scale.flatten().cpu().clone() for name, grid in self._grids.items()},
-            "zero_point": {name: grid.zero_point.flatten().cpu().clone() for name, grid in self._grids.items()},
-        }
+    def frozen(self) -> dict[str, InputGrid]:
+        """Frozen ranges of the layers whose inputs are quantized; see :func:`~lightning_obc.activations.attach`."""
+        return {name: self._inputs(name) for name in self._grids}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over frozen ranges, and whether they are enabled.
-
-        Raises:
-            FingerprintError: The state belongs to other layers.
-        """
-        if set(state["bits"]) != set(self._layers):
-            raise FingerprintError(
-                "Activation ranges belong to other layers",
-                got=sorted(set(state["bits"]) ^ set(self._layers))[:8],
-                expected="the same layers as when they were saved",
-            )
-        self.spec = ActivationGrid(**state["spec"])
-        self._bits = dict(state["bits"])
-        self._grids = {
-            name: Grid(
-                IntGrid(self._bits[name] or 8, symmetric=self.spec.symmetric),
-                scale.reshape(1, -1, 1).clone(),
-                state["zero_point"][name].reshape(1, -1, 1).clone(),
-            )
-            for name, scale in state["scale"].items()
-        }
-        self.disable()
-        if state["enabled"]:
-            self.enable()
+    def _inputs(self, name: str) -> InputGrid:
+        grid = self._grids[name]
+        return InputGrid(self.spec.with_bits(grid.spec.bits), grid, self.axis(name))
 
 
 def _hookable(layers: Mapping[str, nn.Module], explicit: bool) -> dict[str, nn.Module]:
@@ -266,10 +236,6 @@ def _channel_axis(module: nn.Module) -> int:
     return 1 - adapter.current(module).dim()
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-
-
 class _Observe:
     """A pre-hook that shows the input to an observer."""
 
@@ -277,26 +243,6 @@ class _Observe:
         self.observer, self.axis = observer, axis
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = _first_tensor(args, kwargs)
+        x = first_tensor(args, kwargs)
         if x is not None:
             self.observer.update(x, self.axis)
-
-
-class _Quantize:
-    """A pre-hook that replaces the input; a class and not a closure, so that models with it can be pickled."""
-
-    def __init__(self, grid: Grid, axis: int | None) -> None:
-        self.scale, self.zero_point = grid.scale.flatten(), grid.zero_point.flatten()
-        self.max_code, self.axis = grid.max_code, axis
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = _first_tensor(args, kwargs)
-        if x is None:
-            return args, kwargs
-        if self.scale.device != x.device:
-            self.scale, self.zero_point = self.scale.to(x.device), self.zero_point.to(x.device)
-        quantized = fake_quantize(x, self.scale, self.zero_point, self.max_code, self.axis)
-        new_args = tuple(quantized if value is x else value for value in args)
-        return new_args, {key: quantized if value is x else value for key, value in kwargs.items()}

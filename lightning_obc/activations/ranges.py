@@ -5,55 +5,17 @@ Index legend: ``C`` ranges, 1 per tensor or one per input channel; ``N`` observe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from lightning_obc.errors import CalibrationError, NonFiniteError, SpecError
+from lightning_obc.activation_spec import ActivationGrid
+from lightning_obc.errors import CalibrationError, NonFiniteError
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
 from lightning_obc.specs import IntGrid, RangeSearch
 
 VALUES_PER_BATCH = 2**14
 MOST_VALUES = 2**18
-
-
-@dataclass(frozen=True)
-class ActivationGrid:
-    """How the input of a layer is quantized.
-
-    Args:
-        bits: Bit width, 2 to 8.
-        symmetric: Range symmetric around zero. The default, asymmetric, gives non-negative inputs all codes.
-        granularity: One range per ``"tensor"`` or per input ``"channel"``.
-        range: ``"minmax"``, ``"mse"`` (the shrunk range of least error) or ``"percentile"``.
-        percentile: Share of the values inside the range of ``"percentile"``, in percent; what is left out is split
-            evenly between both ends.
-    """
-
-    bits: int = 8
-    symmetric: bool = False
-    granularity: Literal["tensor", "channel"] = "tensor"
-    range: Literal["minmax", "mse", "percentile"] = "mse"
-    percentile: float = 99.99
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 2 <= self.bits <= 8:
-            raise SpecError("A bit width is not supported", got=self.bits, expected="an integer from 2 to 8")
-        if self.granularity not in ("tensor", "channel"):
-            raise SpecError("Unknown granularity", got=repr(self.granularity), expected='"tensor" or "channel"')
-        if self.range not in ("minmax", "mse", "percentile"):
-            raise SpecError("Unknown range", got=repr(self.range), expected='"minmax", "mse" or "percentile"')
-        if not 50 < self.percentile <= 100:
-            raise SpecError("A percentile is not possible", got=self.percentile, expected="a number in (50, 100]")
-
-    def with_bits(self, bits: int) -> ActivationGrid:
-        return replace(self, bits=bits)
-
-    def __str__(self) -> str:
-        return f"a{self.bits} {'sym' if self.symmetric else 'asym'} per {self.granularity}, {self.range}"
 
 
 class RangeObserver:

@@ -111,6 +111,14 @@ class Collector:
         mine = {name for name in layers if _equal(before[name], after[name])}
         return exchange(self.ranks, mine)[0]
 
+    def visit(self, run: Callable[[Iterable[Any]], Any]) -> Any:
+        """One more pass: call ``run`` with the batches.
+
+        Raises:
+            CalibrationError: They can be iterated only once, and have been.
+        """
+        return self._counted(run)
+
     @property
     def _options(self) -> dict[str, Any]:
         shared = {"rounds": self.spec.rounds, "progress": self.progress, "ranks": self.ranks}

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_obc.activations import attach, attached, detach
 from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.averaging import Averages
@@ -146,7 +147,7 @@ class OBCCallback(Callback):
         return self._state.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._state = self._fresh()
+        self._forget()
         self._state.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -154,7 +155,7 @@ class OBCCallback(Callback):
         if self.state_key in (checkpoint.get("callbacks") or {}):
             return
         # The weights that are loaded now have not gone through what this callback did to others before.
-        self._state = self._fresh()
+        self._forget()
         state = foreign_state(checkpoint, present)
         if state is None:
             return
@@ -162,7 +163,14 @@ class OBCCallback(Callback):
             self.load_state_dict(dict(state))
         else:
             # Nothing is resumed: another recipe starts on weights that carry zeros and grids already.
-            self._state.held.load_state_dict(state["layers"])
+            self._state.load_layers(state)
+
+    def _forget(self) -> None:
+        """Start afresh; inputs that were quantized before are in floating point again."""
+        module = self._module() if self._module is not None else None
+        if module is not None:
+            detach(module, self._state.inputs)
+        self._state = self._fresh()
 
     # When.
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -176,6 +184,7 @@ class OBCCallback(Callback):
             check_order(self._state.timetable.stages, max_epochs=trainer.max_epochs, max_steps=trainer.max_steps)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        attach(pl_module, self._state.inputs)
         left = self._state.timetable.open()
         self._edges = edges(trainer, pl_module, self.calibration, left)
         checked_plans(trainer, pl_module, self, left, self._edges)
@@ -251,6 +260,12 @@ class OBCCallback(Callback):
         elif left and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
             rank_zero_warn("Nothing was trained, and no compression stage ran: " + "; ".join(map(str, left)))
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Ranges of a checkpoint that was loaded since; where they are attached already, nothing happens.
+        attach(pl_module, self._state.inputs)
+
+    on_test_start = on_predict_start = on_validation_start
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == TrainerFn.VALIDATING:
             before = len(self._state.timetable.done)
@@ -320,6 +335,7 @@ class OBCCallback(Callback):
         for layer in plan.layers:
             if layer.name in report.solutions:
                 self._state.held.hold(layer.name, layer.module, layer.stage, report.solutions[layer.name])
+        self._state.inputs |= {name: grid for name, grid in attached(module).items() if name in report.activations}
         self._state.reports.append(report)
         if self.verbose:
             module.print(f"\n{report.table()}")

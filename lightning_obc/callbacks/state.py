@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lightning_obc.activations import InputGrid, inputs_from_state, inputs_state
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.plateau import PlateauWatch
 from lightning_obc.callbacks.timetable import Timetable
@@ -25,6 +26,7 @@ class RunState:
     Attributes:
         timetable: Which stages are done.
         held: Masks and grids that training must keep.
+        inputs: Ranges of the layers' inputs that are quantized.
         reports: One report per finished stage; without solutions after a resume.
         corrections: One report per finished correction of this run; they are not written into checkpoints.
         dense: Validation figures of the model before the first stage.
@@ -35,6 +37,7 @@ class RunState:
 
     timetable: Timetable
     held: HeldWeights = field(default_factory=HeldWeights)
+    inputs: dict[str, InputGrid] = field(default_factory=dict)
     reports: list[StageReport] = field(default_factory=list)
     corrections: list[CorrectionReport] = field(default_factory=list)
     dense: dict[str, float] = field(default_factory=dict)
@@ -55,6 +58,7 @@ class RunState:
             "stages": [repr(stage) for stage in self.timetable.stages],
             "done": list(self.timetable.done),
             "layers": self.held.state_dict(),
+            "activations": inputs_state(self.inputs),
             "reports": [report.to_dict() for report in self.reports],
             "dense": dict(self.dense),
             "dense_when": self.dense_when,
@@ -78,11 +82,16 @@ class RunState:
                 remedy="resume with the stages that have run already, followed by any others",
             )
         self.timetable.done = list(state["done"])
-        self.held.load_state_dict(state["layers"])
+        self.load_layers(state)
         self.reports = [_report_from(entry) for entry in state["reports"]]
         self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
         self.dense_step = state["dense_step"]
         self.watch.load_state_dict(state.get("watch", {}))
+
+    def load_layers(self, state: Mapping[str, Any]) -> None:
+        """Take over what the weights of a checkpoint carry, whatever recipe they came from."""
+        self.held.load_state_dict(state["layers"])
+        self.inputs = inputs_from_state(state.get("activations") or {})
 
 
 def _report_from(entry: Mapping[str, Any]) -> StageReport:

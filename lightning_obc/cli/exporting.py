@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_obc.activations import ActivationQuantizer
+from lightning_obc.activations import attach, attached, inputs_from_state
 from lightning_obc.calibration import calibration_batches, inputs_of
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.held import HeldWeights
@@ -23,7 +23,6 @@ from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
 
 Format = Literal["onnx", "packed", "compressed-tensors"]
-ACTIVATIONS = "activations"
 
 
 @dataclass(frozen=True)
@@ -76,19 +75,17 @@ class ExportRun(Callback):
         self.options = options
         self.result: Exported | None = None
         self._states: list[Mapping[str, Any]] = []
-        self._quantizer: ActivationQuantizer | None = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks") or {}
         self._states = [state for key, state in states.items() if key.startswith(PREFIX)]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The figures are those of the model as it was searched, its activations quantized.
-        self._quantizer = activation_quantizer(pl_module, self._states)
+        # The figures are those of the model as it was compressed, its activations quantized.
+        for state in self._states:
+            attach(pl_module, inputs_from_state(state.get("activations") or {}))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._quantizer is not None:
-            self._quantizer.disable()
         with torch.inference_mode(False), torch.no_grad():
             weights = compressed_weights(pl_module, self._states)
             self.result = self._write(trainer, pl_module, weights)
@@ -112,7 +109,7 @@ class ExportRun(Callback):
         batches = calibration_batches(compat.calibration_source(trainer), options.calibration)
         samples = (_arguments(module, compat.to_device(trainer, batch)) for batch in batches)
         sample = next(samples)
-        grids = {} if self._quantizer is None else self._quantizer.grids
+        grids = {name: inputs.grid for name, inputs in attached(module).items()}
         notes: tuple[str, ...] = ()
         if not options.integer and grids and (left := set(grids) - _quantized(weights)):
             grids = {name: grid for name, grid in grids.items() if name not in left}
@@ -122,7 +119,7 @@ class ExportRun(Callback):
             sample,
             options.path,
             solutions=weights,
-            activations=grids or None,
+            activations=grids,
             calibration=[sample, *samples] if options.integer else None,
             activation_bits=options.activation_bits,
             dynamic_batch=options.dynamic_batch,
@@ -171,13 +168,3 @@ def compressed_weights(module: nn.Module, states: list[Mapping[str, Any]]) -> di
             matrix = adapter.weight_matrix(modules[name]).cpu()
             found[name] = CompressedWeight.from_weight(matrix, layer.mask, layer.grid)
     return found
-
-
-def activation_quantizer(module: nn.Module, states: list[Mapping[str, Any]]) -> ActivationQuantizer | None:
-    """The quantized activations that a search has left in a checkpoint, switched on; None without any."""
-    for state in states:
-        if saved := state.get(ACTIVATIONS):
-            quantizer = ActivationQuantizer(module, list(saved["bits"]))
-            quantizer.load_state_dict(saved | {"enabled": True})
-            return quantizer
-    return None

@@ -24,7 +24,6 @@ from lightning_obc.callbacks.held import HeldLayer
 from lightning_obc.callbacks.passes import collector, references
 from lightning_obc.callbacks.state import PREFIX, RunState
 from lightning_obc.callbacks.timetable import Timetable
-from lightning_obc.cli.exporting import ACTIVATIONS
 from lightning_obc.correction import run_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, SpecError
@@ -223,10 +222,8 @@ class SearchRun(Callback):
             if level.weights != Level():
                 mask = None if level.pattern is None else solution.mask.detach().cpu()
                 state.held.layers[name] = HeldLayer(mask, solution.grid, None, level.pattern)
-        quantized = result.quantizer is not None and any(result.quantizer.bits.values())
-        ranges = result.quantizer.state_dict() if quantized and result.quantizer is not None else None
-        profile = dict(point.profile)
-        return state.state_dict() | {ACTIVATIONS: ranges, "profile": profile, "budget": point.budget}
+        state.inputs = {} if result.quantizer is None else result.quantizer.frozen()
+        return state.state_dict() | {"profile": dict(point.profile), "budget": point.budget}
 
 
 def _restore(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from lightning_obc.activations import unquantized
 from lightning_obc.errors import ExportError
 from lightning_obc.export.graph import Graph, Sample, dequantize_weights, finish, fold_batch_norms, trace
 from lightning_obc.export.ops import StoredCodes, compact_scales, translations
@@ -116,9 +117,9 @@ def export_onnx(
         sample: Example input: a tensor, a sequence of positional arguments or a mapping of keyword arguments.
         path: The file.
         solutions: Compressed weights by layer name (``CompressionReport.solutions``). None exports floating point.
-        activations: Ranges of layer inputs by layer name: ``ActivationQuantizer.grids``, or ``(scale, zero_point)`` of
-            uint8 codes. Alone, exactly these inputs are quantized; with ``calibration`` they take the place of measured
-            ranges.
+        activations: Ranges of layer inputs by layer name: ``CompressionReport.activations``, or ``(scale, zero_point)``
+            of uint8 codes. Alone, exactly these inputs are quantized; with ``calibration`` they take the place of
+            measured ranges. None takes those that are attached to the model (``Quantize.activations``), if any.
         calibration: Batches in the form of ``sample``. Every tensor between quantized layers is then quantized, with
             the smallest and largest value that it takes on these batches.
         activation_bits: 8, or 7 to keep ranges in codes 0 .. 127: CPUs without VNNI add pairs of products in 16 bits,
@@ -139,8 +140,11 @@ def export_onnx(
         raise ExportError("Unknown width of activations", got=activation_bits, expected="7 or 8")
     state = compressed_state(model, solutions or {})
     codes, keys, left = stored_codes(model, state)
-    quantized = activations is not None or calibration is not None
-    graph = trace(model, sample, dynamic_batch=dynamic_batch)
+    with unquantized(model) as inputs:
+        graph = trace(model, sample, dynamic_batch=dynamic_batch)
+    if activations is None and inputs:
+        activations = {name: one.grid for name, one in inputs.items()}
+    quantized = bool(activations) or calibration is not None
     on_device = {name: _moved(stored, graph) for name, stored in codes.items()}
     dequantize_weights(graph, on_device)
     folded = fold_batch_norms(graph) if (quantized if fold_batch_norm is None else fold_batch_norm) else []

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.activations import InputGrid, attach, attached, detach, inputs_from_state, inputs_state
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import bits
 from lightning_obc.export.checksum import checksum
@@ -62,7 +63,7 @@ def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overw
     """Write a compressed model's state dict, its compressed weights packed.
 
     Args:
-        model: The compressed model; not changed.
+        model: The compressed model; not changed. Ranges of quantized inputs that are attached to it go along.
         solutions: Compressed weights by layer name, such as ``CompressionReport.solutions``.
         path: The file.
         overwrite: Replace an existing file.
@@ -85,10 +86,28 @@ def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overw
         tensors |= {f"layer/{name}/{part}": value for part, value in streams.items()}
     packed_keys = {key for keys in owners.values() for key in keys}
     aliases = _add_dense(state, packed_keys, tensors)
-    manifest = {"layers": layers, "aliases": aliases, "model": structure(state)}
+    manifest = {"layers": layers, "aliases": aliases, "model": structure(state)} | _pack_inputs(model, tensors)
     _write(target, manifest, tensors)
     dense = sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in aliases)
     return PackedFile(target, target.stat().st_size, dense, tuple(owners), left)
+
+
+def _pack_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Add the ranges of quantized inputs; what the manifest says of them, nothing when there are none."""
+    state = inputs_state(attached(model))
+    for name, one in state.items():
+        tensors |= {f"input/{name}/{part}": one.pop(part) for part in ("scale", "zero_point")}
+    return {"inputs": state} if state else {}
+
+
+def _read_inputs(manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, InputGrid]:
+    parts = ("scale", "zero_point")
+    return inputs_from_state(
+        {
+            name: one | {part: tensors[f"input/{name}/{part}"] for part in parts}
+            for name, one in manifest.get("inputs", {}).items()
+        }
+    )
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -266,7 +285,7 @@ def _envelope(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]:
-    """Load a packed file into a model in place, bit for bit.
+    """Load a packed file into a model in place, bit for bit, and quantize inputs as it says.
 
     Everything is read and checked before the first tensor of the model is written.
 
@@ -292,6 +311,9 @@ def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]
         weights[name], matrices[name] = unpack_weight(entry, parts)
         module, adapter = layer_adapter(name, modules)
         adapter.check_matrix(module, matrices[name])
+    inputs = _read_inputs(manifest, tensors)
+    detach(model)
+    attach(model, inputs)
     with torch.no_grad():
         for key, value in values.items():
             state[key].copy_(value)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lightning_obc.files import PathLike
+from lightning_obc.grids import Grid
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.report.samples import WeightSample
 from lightning_obc.specs import Stage
@@ -40,6 +41,7 @@ class LayerReport:
             the error of the inputs behind compressed layers that moving the weights did not repair. None where the
             calibration is independent. ``loss`` and ``relative_error`` are then against the layer's output in the
             model before this stage, inherited error included.
+        input_bits: Bit width of the layer's quantized input; None where it stays in floating point.
     """
 
     name: str
@@ -56,6 +58,7 @@ class LayerReport:
     seconds: float
     compressed: bool
     inherited: float | None = None
+    input_bits: int | None = None
 
 
 @dataclass
@@ -84,6 +87,7 @@ class StageReport:
         layers: One row for each layer the stage was asked to compress.
         skipped: Layers left as they were on purpose, with the reason.
         solutions: The engine's solutions by layer name, in matrix layout ``[g, R, d]``.
+        activations: Grids of the inputs that the stage quantized, by layer name, as ``export_onnx`` takes them.
         samples: Calibration samples behind the Hessians.
         seconds: Wall time of the stage, calibration included.
         work: What each rank did, where several processes have worked together.
@@ -96,6 +100,7 @@ class StageReport:
     samples: int = 0
     seconds: float = 0.0
     work: Sequence[RankWork] = ()
+    activations: Mapping[str, Grid] = field(default_factory=dict, repr=False)
 
     @property
     def loss(self) -> float:
@@ -153,6 +158,11 @@ class CompressionReport:
     def solutions(self) -> dict[str, LayerSolution]:
         """The last solution of every layer."""
         return {name: solution for stage in self.stages for name, solution in stage.solutions.items()}
+
+    @property
+    def activations(self) -> dict[str, Grid]:
+        """Grids of the quantized inputs by layer name, the last of every layer."""
+        return {name: grid for stage in self.stages for name, grid in stage.activations.items()}
 
     @property
     def layers(self) -> dict[str, LayerReport]:

@@ -20,7 +20,7 @@ def layer_cells(layer: LayerReport) -> list[str]:
         layer.type,
         "×".join(map(str, layer.shape)),
         f"{100 * layer.sparsity:.1f}",
-        str(layer.bits),
+        f"{layer.bits}" if layer.input_bits is None else f"{layer.bits}, input {layer.input_bits}",
         f"{layer.loss:.4g}",
         f"{100 * layer.relative_error:.3f}",
         f"{layer.seconds:.2f}",

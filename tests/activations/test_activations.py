@@ -10,7 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.activations import ActivationGrid, ActivationQuantizer, RangeObserver, fake_quantize
+from lightning_obc.activations import (
+    ActivationGrid,
+    ActivationQuantizer,
+    RangeObserver,
+    attach,
+    attached,
+    detach,
+    fake_quantize,
+    inputs_from_state,
+    inputs_state,
+    unquantized,
+)
 from lightning_obc.activations.ranges import MOST_VALUES
 from lightning_obc.errors import (
     CalibrationError,
@@ -232,15 +243,35 @@ def test_per_channel_in_a_model(net: Net) -> None:
 def test_state_comes_back_with_weights_only(net: Net, tmp_path: Any) -> None:
     tool = quantizer(net, bits={"conv1": 8, "conv2": 4}).enable()
     expected = net(batches()[0])
-    torch.save(tool.state_dict(), tmp_path / "state.pt")
+    torch.save(inputs_state(tool.frozen()), tmp_path / "state.pt")
     tool.disable()
-    other = ActivationQuantizer(net)
-    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert other.enabled
-    assert other.bits == {"conv1": 8, "conv2": 4, "head": None}
+    state = inputs_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    attach(net, state)
+    assert {name: one.spec.bits for name, one in attached(net).items()} == {"conv1": 8, "conv2": 4}
     assert torch.equal(net(batches()[0]), expected)
-    with pytest.raises(FingerprintError, match="head"):
-        ActivationQuantizer(net, ["conv1", "conv2"]).load_state_dict(tool.state_dict())
+    hooks = [list(module._forward_pre_hooks) for module in net.modules()]
+    attach(net, state)
+    assert [list(module._forward_pre_hooks) for module in net.modules()] == hooks, "nothing to attach again"
+    with pytest.raises(FingerprintError, match="head9"):
+        attach(net, {"head9": state["conv1"], "conv1": state["conv2"]})
+    assert attached(net)["conv1"] is state["conv1"]
+
+
+def test_inputs_are_taken_off_again(net: Net) -> None:
+    x = batches()[0]
+    before = net(x)
+    attach(net, quantizer(net, bits=3).frozen())
+    rounded = net(x)
+    with unquantized(net) as inputs:
+        assert set(inputs) == {"conv1", "conv2", "head"}
+        assert torch.equal(net(x), before)
+    assert torch.equal(net(x), rounded)
+    twin = copy.deepcopy(net)
+    assert set(detach(twin, ["conv2"])) == {"conv2"}
+    assert set(attached(twin)) == {"conv1", "head"}
+    assert torch.equal(net(x), rounded), "the original keeps its hooks"
+    detach(twin)
+    assert torch.equal(twin(x), before)
 
 
 def test_copies_and_pickles_stay_quantized(net: Net) -> None:
