@@ -258,8 +258,8 @@ class Quantize(Stage):
             ``"train"`` goes on training them with a straight-through estimator, always on their grid.
         solver: ``"obs"``, or another method for comparison.
         refine: Coordinate descent on the codes afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
-        edges: Bit width of the first and the last layer of the model and of their inputs, or ``"skip"`` to leave them alone; see
-            :class:`Prune`.
+        edges: Bit width of the first and the last layer of the model and of their inputs, or ``"skip"`` to leave them
+            alone; see :class:`Prune`.
         overrides: By name, glob or type name of layers: what is different there, as a :class:`QuantizeOverride` or a
             mapping of its fields, such as ``{"head": {"grid": 8}}``. Of several that match, later ones win.
         activations: Bit width of the layers' inputs, or an :class:`ActivationGrid`; None leaves them in floating point.

@@ -57,7 +57,7 @@ def quantize_stage_inputs(
 
 
 def input_note(stage: Stage, module: nn.Module) -> str:
-    """Why a layer's input stays in floating point although the stage asks for its quantization; empty when it does not."""
+    """Why a layer's input stays in floating point although its stage would quantize it; empty when it would not."""
     return f"; {_misfit(module)}" if _spec(stage) is not None else ""
 
 
