@@ -210,6 +210,16 @@ def test_buffers_are_those_of_the_first_rank() -> None:
     assert torch.equal(models[1].norm.running_mean, network().norm.running_mean)
 
 
+def test_ranges_of_inputs_are_those_of_all_batches() -> None:
+    stage = obc.Quantize(8, activations=obc.ActivationGrid(8, range="minmax"))
+    alone, _ = compressed(stage)
+    for report, net in run_ranks(5, lambda ranks: compressed(stage, ranks)):  # more ranks than batches
+        assert set(report.activations) == {"conv", "wide", "head"}
+        for name, grid in report.activations.items():
+            torch.testing.assert_close(grid.scale, alone.activations[name].scale, rtol=1e-3, atol=0)
+        assert net(images()).shape == (90, 5)
+
+
 def test_more_ranks_than_batches() -> None:
     check_agreement([obc.Prune(0.5)], 4, data=images(20).split(10))
 

@@ -16,6 +16,7 @@ from lightning_obc.activations.ranges import RangeObserver
 from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.collect import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.distributed import Ranks, SingleProcess, exchange
 from lightning_obc.errors import (
     EmptyCalibrationError,
     LayerNotFoundError,
@@ -119,9 +120,15 @@ class ActivationQuantizer:
         return max(bits, EDGE_BITS) if bits is not None and name in self._edges else bits
 
     def observe(
-        self, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+        self,
+        batches: Iterable[Any],
+        *,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+        ranks: Ranks | None = None,
     ) -> ActivationQuantizer:
         """Run batches through the unquantized model in evaluation mode and note the inputs' ranges.
+
+        With ``ranks`` each runs batches of its own, and all know the ranges of all batches afterwards.
 
         Raises:
             EmptyCalibrationError: There are no batches.
@@ -135,10 +142,13 @@ class ActivationQuantizer:
             for batch in batches:
                 run(self._model, batch)
                 count += 1
-        if count == 0:
+        together = ranks or SingleProcess()
+        if sum(exchange(together, count)) == 0:
             raise EmptyCalibrationError(
                 "No batch was given to find activation ranges", got="no batch", expected="at least one batch"
             )
+        for observer in self._observers.values():
+            observer.share_(together)
         return self
 
     @contextmanager

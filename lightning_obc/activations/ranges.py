@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.activation_spec import ActivationGrid
+from lightning_obc.distributed import Ranks, exchange
 from lightning_obc.errors import CalibrationError, NonFiniteError
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
@@ -64,6 +65,25 @@ class RangeObserver:
         if sum(part.numel() for part in self._sample) > MOST_VALUES and self._per_batch > 1:
             self._sample = [part[:, ::2] for part in self._sample]
             self._per_batch //= 2
+
+    def share_(self, ranks: Ranks) -> None:
+        """Put together what the ranks observed, in their order; afterwards every rank fits the same grid."""
+        if ranks.size == 1:
+            return
+        mine = None
+        if self._low is not None and self._high is not None:
+            # On the host: a rank that observed nothing may not know the device.
+            mine = torch.cat([self._low[:, None], self._high[:, None], *self._sample], 1).cpu()
+        shapes = exchange(ranks, None if mine is None else tuple(mine.shape))
+        parts: list[Tensor] = []
+        for source, shape in enumerate(shapes):
+            if shape is not None:
+                part = mine if source == ranks.rank and mine is not None else torch.empty(shape)
+                parts.append(ranks.broadcast_(part, source))
+        if parts:
+            self._low = torch.stack([part[:, 0] for part in parts]).amin(0)
+            self._high = torch.stack([part[:, 1] for part in parts]).amax(0)
+            self._sample = [part[:, 2:] for part in parts]
 
     def fit(self, spec: ActivationGrid) -> Grid:
         """The grid of the observed values: ``scale`` and ``zero_point`` are ``[1, C, 1]`` float32.

@@ -12,6 +12,7 @@ from lightning_obc.activation_spec import MOST_BITS, ActivationGrid
 from lightning_obc.activations.inputs import InputGrid, attach, detach
 from lightning_obc.activations.quantizer import ActivationQuantizer
 from lightning_obc.calibration import Collector
+from lightning_obc.distributed import Ranks
 from lightning_obc.errors import SpecError
 from lightning_obc.grids import Grid
 from lightning_obc.layers import is_lookup
@@ -52,7 +53,7 @@ def quantize_stage_inputs(
     if not specs:
         return {}
     assert isinstance(collect, Collector)
-    found = quantize_inputs(model, specs, collect.visit, forward=collect.forward)
+    found = quantize_inputs(model, specs, collect.visit, forward=collect.forward, ranks=collect.ranks)
     return {name: inputs.grid for name, inputs in found.items()}
 
 
@@ -78,6 +79,7 @@ def quantize_inputs(
     visit: Visit,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, InputGrid]:
     """Find the ranges of layers' inputs as the model now computes them, and quantize them from now on.
 
@@ -88,6 +90,7 @@ def quantize_inputs(
         specs: How ranges are found, by name of layers that are modules of their own.
         visit: ``visit(run)`` calls ``run`` with the calibration batches; once for each kind of range.
         forward: ``forward(model, batch)``; None means the default of calibration.
+        ranks: The processes that share the batches; all get the same ranges.
 
     Raises:
         CalibrationError, NonFiniteError: As :func:`quantize_stage_inputs`; the model is as it was then.
@@ -98,7 +101,7 @@ def quantize_inputs(
         for kind in dict.fromkeys(spec.with_bits(MOST_BITS) for spec in specs.values()):
             bits = {name: spec.bits for name, spec in specs.items() if spec.with_bits(MOST_BITS) == kind}
             quantizer = ActivationQuantizer(model, list(bits), bits, spec=kind)
-            visit(partial(quantizer.observe, forward=forward))
+            visit(partial(quantizer.observe, forward=forward, ranks=ranks))
             found |= quantizer.freeze().frozen()
     except BaseException:
         attach(model, before)
