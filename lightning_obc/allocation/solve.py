@@ -1,4 +1,4 @@
-"""Solve the levels of one layer: every unstructured level from one sweep, every other pattern and grid by its own."""
+"""Solve the levels of one layer: all unstructured, and all block levels from one sweep; others by their own."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_obc.allocation.prefixes import prefix_losses
 from lightning_obc.allocation.record import LayerRecord, LevelRecord, check_ladder
 from lightning_obc.errors import NotPositiveDefiniteError, PatternError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.obs import LayerSolution, Sweep, prune, quantize, sweep
+from lightning_obc.obs import BlockSweep, LayerSolution, Sweep, prune, quantize, sweep, sweep_blocks
 from lightning_obc.obs.problem import quadratic
 from lightning_obc.obs.prune import check_fit
-from lightning_obc.specs import IntGrid, Pattern, Selection, Unstructured
+from lightning_obc.specs import Block, IntGrid, Pattern, Selection, Unstructured
 
 # One bound for solving and rebuilding, so that chunks, and with them the last bits, are the same both times.
 MEMORY_BUDGET = 2**29
@@ -153,6 +153,17 @@ class _Layer:
             memory_budget=MEMORY_BUDGET,
         )
 
+    def sweep_blocks(self, size: int) -> BlockSweep:
+        return sweep_blocks(
+            self.weight,
+            self.hessian,
+            size,
+            channels=self.channels,
+            damping=self.damping,
+            backend=self.recipe.backend,
+            memory_budget=MEMORY_BUDGET,
+        )
+
 
 def _solve_codes_(record: LayerRecord, layer: _Layer, level: Level) -> None:
     assert level.grid is not None
@@ -165,19 +176,19 @@ def _solve_codes_(record: LayerRecord, layer: _Layer, level: Level) -> None:
 
 
 def _solve_masks_(record: LayerRecord, layer: _Layer, levels: Sequence[Level]) -> None:
-    """Levels without a grid: the unstructured ladder from one sweep, the others one by one."""
-    ladder = [level for level in levels if isinstance(level.pattern, Unstructured)]
-    if ladder:
-        _solve_ladder_(record, layer, ladder)
-    kinds: dict[str, dict[str, Tensor]] = {}
+    """Levels without a grid: all of a ladder from one sweep, the others one by one."""
+    kinds: dict[str, list[Level]] = {}
     for level in levels:
-        if level.pattern is None or isinstance(level.pattern, Unstructured):
-            continue
-        solution = layer.prune(level.pattern)
-        kinds.setdefault(_kind(level.pattern), {})[level.name] = solution.mask
-        record.levels[level.name] = _record_of(solution)
-    for masks in kinds.values():
-        record.add_masks(masks)
+        if level.pattern is not None:
+            kinds.setdefault(_kind(level.pattern), []).append(level)
+    for kind in kinds.values():
+        pattern = kind[0].pattern
+        if isinstance(pattern, Unstructured):
+            _solve_ladder_(record, layer, layer.sweep(), kind)
+        elif isinstance(pattern, Block):
+            _solve_ladder_(record, layer, layer.sweep_blocks(pattern.size), kind)
+        else:
+            _solve_singly_(record, layer, kind)
 
 
 def _kind(pattern: Pattern) -> str:
@@ -185,11 +196,20 @@ def _kind(pattern: Pattern) -> str:
     return f"{type(pattern).__name__} {getattr(pattern, 'size', getattr(pattern, 'm', ''))}"
 
 
-def _solve_ladder_(record: LayerRecord, layer: _Layer, ladder: Sequence[Level]) -> None:
+def _solve_singly_(record: LayerRecord, layer: _Layer, levels: Sequence[Level]) -> None:
+    masks: dict[str, Tensor] = {}
+    for level in levels:
+        assert level.pattern is not None
+        solution = layer.prune(level.pattern)
+        masks[level.name] = solution.mask
+        record.levels[level.name] = _record_of(solution)
+    record.add_masks(masks)
+
+
+def _solve_ladder_(record: LayerRecord, layer: _Layer, swept: Sweep | BlockSweep, ladder: Sequence[Level]) -> None:
     check_ladder(ladder)
-    swept = layer.sweep()
     masks = {level.name: swept.mask(_sparsity(level), layer.recipe.selection) for level in ladder}
-    losses = _ladder_losses(swept, torch.stack([(~mask).sum(-1) for mask in masks.values()]))
+    losses = _ladder_losses(swept, torch.stack(list(masks.values())))
     for (name, mask), (loss, damping_loss) in zip(masks.items(), losses, strict=True):
         kept, notes = int(mask.sum()), swept.problem.notes
         record.levels[name] = LevelRecord(loss, damping_loss, kept, 0, swept.backend, notes)
@@ -197,21 +217,22 @@ def _solve_ladder_(record: LayerRecord, layer: _Layer, ladder: Sequence[Level]) 
 
 
 def _sparsity(level: Level) -> float:
-    assert isinstance(level.pattern, Unstructured)
+    assert isinstance(level.pattern, (Unstructured, Block))
     return level.pattern.sparsity
 
 
-def _ladder_losses(sweep: Sweep, counts: Tensor) -> list[tuple[float, float]]:
-    """Loss and damping loss of every level, ``counts [K, g, R]`` eliminated columns."""
+def _ladder_losses(sweep: Sweep | BlockSweep, masks: Tensor) -> list[tuple[float, float]]:
+    """Loss and damping loss of every level, from nested keep-masks ``[K, g, R, d]``."""
     problem = sweep.problem
-    weight = problem.original_batched()
+    # What the strongest levels keep goes last; within one level the order does not matter.
+    order = masks.sum(0).argsort(dim=-1, stable=True)
     try:
         found = prefix_losses(
             problem.damped,
             problem.lam_bar,
-            weight,
-            sweep.order.reshape(weight.shape),
-            counts,
+            problem.original_batched(),
+            order,
+            (~masks).sum(-1),
             memory_budget=MEMORY_BUDGET,
         )
     except NotPositiveDefiniteError as error:

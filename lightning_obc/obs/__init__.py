@@ -1,9 +1,21 @@
 """The OBS engine on matrices: sweep, prune, quantize."""
 
+from lightning_obc.obs.block_sweep import BlockSweep, sweep_blocks
 from lightning_obc.obs.problem import Problem, prepare
 from lightning_obc.obs.prune import prune
 from lightning_obc.obs.quantize import quantize
 from lightning_obc.obs.solution import LayerSolution, Status
 from lightning_obc.obs.sweep import Sweep, sweep
 
-__all__ = ["LayerSolution", "Problem", "Status", "Sweep", "prepare", "prune", "quantize", "sweep"]
+__all__ = [
+    "BlockSweep",
+    "LayerSolution",
+    "Problem",
+    "Status",
+    "Sweep",
+    "prepare",
+    "prune",
+    "quantize",
+    "sweep",
+    "sweep_blocks",
+]

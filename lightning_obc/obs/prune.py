@@ -10,11 +10,12 @@ from torch import Tensor
 
 from lightning_obc.errors import PatternError, SpecError
 from lightning_obc.kernels import obs_sweep
+from lightning_obc.obs.block_sweep import sweep_blocks_prepared
 from lightning_obc.obs.damping import resolve_damping
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.refine import GreedyMask, refine_mask
 from lightning_obc.obs.running import run_with_retries
-from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
+from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.obs.structured import structured_order
 from lightning_obc.obs.sweep import existing_zeros, sweep_prepared
@@ -189,44 +190,10 @@ def _mask_of_steps(output: obs_sweep.SweepOutput, problem: Problem) -> Tensor:
 def _block(
     pattern: Block, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
 ) -> GreedyMask:
-    members = block_members(problem.weight.shape[-1], channels, pattern.size, problem.weight.device)
-    keep = existing_zeros(problem)
-
-    def kernel(problem: Problem) -> obs_sweep.SweepOutput:
-        swept = obs_sweep.SweepInput(problem.weight, problem.inverse, problem.damped, keep)
-        blocks = obs_sweep.ColumnBlocks(members)
-        return obs_sweep.sweep_blocks(swept, blocks, naive=backend == "naive", memory_budget=budget)
-
-    problem, output = run_with_retries(problem.with_dtype(torch.float64), kernel)
-    alive = torch.ones_like(problem.weight, dtype=torch.bool) if keep is None else keep
-    mask = _mask_of_blocks(output, members, alive, pattern.sparsity, selection)
+    swept = sweep_blocks_prepared(problem, pattern.size, channels, backend, budget)
     short = channels % pattern.size
     notes = (f"padded: last block of each kernel position has {short} of {pattern.size}",) if short else ()
-    return GreedyMask(problem, mask, "naive" if backend == "naive" else "torch", notes)
-
-
-def _mask_of_blocks(
-    output: obs_sweep.SweepOutput, members: Tensor, alive: Tensor, sparsity: float, selection: Selection
-) -> Tensor:
-    """Keep-mask ``[g, R, d]`` once the cheapest blocks of the layer are gone; blocks that are zero already count."""
-    count = len(members)
-    # A spare last column stands for those that short blocks lack (index -1).
-    flat = torch.cat([alive.flatten(0, 1), torch.zeros_like(alive.flatten(0, 1)[:, :1])], 1)
-    fixed = (~flat[:, members].any(-1)).sum(1)
-    losses, order = output.losses.reshape(-1, count), output.order.reshape(-1, count)
-    counts = row_counts(losses, zeros_for(sparsity, losses.numel()), selection, fixed)
-    kept = masks_from_order(order, counts)
-    flat[:, members.flatten()] &= kept.repeat_interleave(members.shape[1], dim=1)
-    return flat[:, :-1].reshape(alive.shape)
-
-
-def block_members(columns: int, channels: int, size: int, device: torch.device) -> Tensor:
-    """Columns of every block of ``size`` consecutive input channels, ``[blocks, size]``; -1 where a block is short."""
-    per_position = math.ceil(channels / size)
-    padded = torch.arange(per_position * size, device=device)
-    channel = torch.where(padded < channels, padded, -1)
-    start = torch.arange(0, columns, channels, device=device)[:, None]
-    return torch.where(channel < 0, -1, start + channel).reshape(-1, size)
+    return GreedyMask(swept.problem, swept.mask(pattern.sparsity, selection), swept.backend, notes)
 
 
 @choose_mask.register

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_obc import obs
 from lightning_obc.allocation import build as build_module
+from lightning_obc.allocation import solve as solve_module
 from lightning_obc.allocation.build import build_database
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.levels import Level, block_ladder, product, unstructured_ladder
@@ -232,6 +236,50 @@ def test_an_interrupted_build_goes_on(
     assert database.solution("head", "0.5").sparsity == 0.5
 
 
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, sys.argv[2])
+from conftest import Tiny
+from lightning_obc.allocation import Level, build
+from lightning_obc.calibration import collect_hessians
+
+original, solved = build.solve_levels_, []
+def kill(*arguments):
+    if solved:
+        os.kill(os.getpid(), signal.SIGKILL)
+    solved.append(original(*arguments))
+if sys.argv[3] == "kill":
+    build.solve_levels_ = kill
+torch.manual_seed(0)
+model = Tiny().eval()
+batches = [torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))]
+levels = [Level.from_dict(values) for values in json.loads(sys.argv[4])]
+build.build_database(Path(sys.argv[1]), model, levels, lambda layers: collect_hessians(model, layers, batches))
+"""
+
+
+def test_a_killed_build_goes_on_to_the_files_of_an_undisturbed_one(model: Any, tmp_path: Path) -> None:
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    levels = product([None, "2:4", 0.5], [(None, None), (4, 4)])
+
+    def run(how: str) -> int:
+        plain = json.dumps([level.to_dict() for level in levels])
+        arguments = [sys.executable, "-c", KILLED, str(killed), str(Path(__file__).parent), how, plain]
+        return subprocess.run(arguments, check=False).returncode
+
+    assert run("kill") == -signal.SIGKILL
+    before = {file: file.stat().st_mtime_ns for file in killed.rglob("*.safetensors")}
+    assert len(before) == 3 + 1, "all Hessians and the first layer"
+    assert run("") == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "none of them is written again"
+    batches = [torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))]
+    build_database(whole, model, levels, lambda layers: collect_hessians(model, layers, batches))
+    written = {file.relative_to(whole): file.read_bytes() for file in whole.rglob("*.*")}
+    assert written == {file.relative_to(killed): file.read_bytes() for file in killed.rglob("*.*")}
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "layer.safetensors"
     write_tensors(file, {"a": torch.ones(3)}, {"n": 1})
@@ -338,11 +386,20 @@ def test_masks_are_checked_by_pattern() -> None:
 
 
 def test_blocks_leave_together_also_where_weights_are_zero_already(
-    model: Any, statistics: Collect, tmp_path: Path
+    model: Any, statistics: Collect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with torch.no_grad():
         model.head.weight[0, :3] = 0
-    database = build_database(tmp_path, model, block_ladder(4, 0.3, 0.6), statistics, layers=["mix", "head"])
+    sweeps: list[int] = []
+
+    def counted(weight: Tensor, hessian: Tensor, size: int, **options: Any) -> Any:
+        sweeps.append(size)
+        return obs.sweep_blocks(weight, hessian, size, **options)
+
+    monkeypatch.setattr(solve_module, "sweep_blocks", counted)
+    levels = [*block_ladder(4, 0.3, 0.6), *product([Block(2, 0.5), Block(4, 0.4)], [(8, 8)])]
+    database = build_database(tmp_path, model, levels, statistics, layers=["mix", "head"])
+    assert sorted(sweeps) == [2, 2, 4, 4], "one sweep for all blocks of a size, in each of two layers"
     assert len(database.record("mix").ladders) == 1
     for name in database.layers:
         weight, hessian = weight_of(model.get_submodule(name)), database.hessian(name)
@@ -351,7 +408,12 @@ def test_blocks_leave_together_also_where_weights_are_zero_already(
             channels = 4 if name == "mix" else 8
             alone = obs.prune(weight, hessian, level.pattern, channels=channels)  # type: ignore[arg-type]
             assert torch.equal(found.mask, alone.mask)
-            torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
+            if level.grid is None:
+                torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
+                stored = database.level_record(name, level)
+                assert stored.loss == pytest.approx(alone.loss, rel=1e-4, abs=1e-12)
+                assert stored.damping_loss == pytest.approx(alone.damping_loss, rel=1e-3, abs=1e-12)
+                assert stored.kept == int(alone.mask.sum())
 
 
 def test_a_layer_that_cannot_be_solved_stays_dense(

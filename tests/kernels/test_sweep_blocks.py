@@ -9,8 +9,8 @@ from torch import Tensor
 from lightning_obc import obs
 from lightning_obc.errors import PatternError
 from lightning_obc.kernels.obs_sweep import ColumnBlocks, SweepInput, sweep_blocks, sweep_prune
+from lightning_obc.obs.block_sweep import block_members
 from lightning_obc.obs.problem import quadratic
-from lightning_obc.obs.prune import block_members
 from lightning_obc.specs import Block, Prune
 
 
