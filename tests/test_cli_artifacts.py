@@ -184,7 +184,7 @@ def test_benchmark_and_report(run, onnx_files, capsys):
     assert "Weights of head" in page
     written = main(["report", *map(str, records), f"--output={folder}/both", "--formats=[md]"])
     assert [path.name for path in written] == ["both.md"]
-    assert "compressed-0.005.report" in written[0].read_text()
+    assert "compressed-0.005 " in written[0].read_text()
 
 
 def test_report_says_what_it_cannot_read(tmp_path, run):

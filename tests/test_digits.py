@@ -65,6 +65,21 @@ def test_the_checkpoint_loads_into_the_plain_module_and_scores_the_same(digits_r
     assert score == pytest.approx(callback.report.figures["val_accuracy"][1])
 
 
+def test_the_report_lies_beside_the_checkpoint(digits_run):
+    from lightning_obc.report import load_record
+
+    cli, _ = digits_run
+    callback = cli.trainer.callbacks[0]
+    record = load_record(callback.checkpoint_path.with_suffix(".report.json"))
+    assert record["figures"]["val_accuracy"] == list(callback.report.figures["val_accuracy"])
+    assert [entry.partition("(")[0] for entry in record["recipe"]] == ["obc.Prune", "obc.Quantize"]
+    assert len(record["plans"]) == 2
+    assert all(histogram["before"] for histogram in record["histograms"].values())
+    assert "optimizer steps later" in record["notes"][1]
+    assert "obc.OBCCallback(" in record["reproduce"]
+    assert "<h2>Layers at a glance</h2>" in callback.checkpoint_path.with_suffix(".report.html").read_text()
+
+
 def test_magnitude_and_nearest_rounding_are_worse(capsys):
     from examples.digits_baselines import main
 

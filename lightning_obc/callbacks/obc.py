@@ -109,7 +109,7 @@ class OBCCallback(Callback):
         self._averages, self._trained = Averages(), False
         self._edges: Optional[Edges] = None
         self._figures: dict[str, tuple[float, float]] = {}
-        self._plans: list[str] = []
+        self._plans, self._notes = list[str](), list[str]()
         self._samples: dict[str, WeightSample] = {}
         check_order(self._state.timetable.stages)
 
@@ -136,6 +136,7 @@ class OBCCallback(Callback):
             recipe=self.stages,
             plans=list(self._plans),
             dense=self._samples,
+            notes=self._notes,
         )
 
     # State in checkpoints.
@@ -371,6 +372,7 @@ class OBCCallback(Callback):
             ratio = model_figures(module, self._state.held.layers)["obc/compression_ratio"]
             trained = trainer.global_step - self._state.dense_step
             now = f"after the last stage ({_when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
+            self._notes = [f"dense: {self._state.dense_when}", f"compressed: {now}"]
             module.print("\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
             self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
         if self.save_checkpoint and not compat.fast_dev_run(trainer):

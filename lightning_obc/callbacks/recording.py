@@ -11,7 +11,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_obc.errors import OBCError
-from lightning_obc.report import CompressionReport
+from lightning_obc.report import CompressionReport, code
 from lightning_obc.specs import Calibration, Stage
 
 
@@ -33,12 +33,16 @@ def write_report(report: CompressionReport, checkpoint: Path, calibration: Calib
 
 
 def reproduce(stages: Sequence[Stage], calibration: Calibration) -> str:
-    """The command line of this process, where it is ours, and the callback that does the same in a script."""
+    """How this process was started, and the callback that does the same in a script."""
+    body = "".join(f"        {code(stage)},\n" for stage in stages)
+    call = f"obc.OBCCallback(\n    stages=[\n{body}    ],\n    calibration={code(calibration)},\n)"
+    return "\n".join([*started_with(), "import lightning_obc as obc", "", call])
+
+
+def started_with() -> list[str]:
+    """The seed and the command line of this process, as far as they are known, as comments."""
     seed = os.environ.get("PL_GLOBAL_SEED")
     lines = [] if seed is None else [f"# lightning.seed_everything({seed})"]
     if Path(sys.argv[0]).name == "lightning-obc":
         lines.append(f"# {shlex.join(['lightning-obc', *sys.argv[1:]])}")
-    body = "".join(f"        {stage},\n" for stage in stages)
-    lines.append("from lightning_obc import OBCCallback\nfrom lightning_obc.specs import *\n")
-    lines.append(f"OBCCallback(\n    stages=[\n{body}    ],\n    calibration={calibration},\n)")
-    return "\n".join(lines)
+    return lines

@@ -22,6 +22,7 @@ from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.held import HeldLayer
 from lightning_obc.callbacks.passes import collector, references
+from lightning_obc.callbacks.recording import started_with
 from lightning_obc.callbacks.state import PREFIX, RunState
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import run_correction
@@ -201,11 +202,11 @@ class SearchRun(Callback):
                 trainer.save_checkpoint(folder / f"compressed-{budget:g}.ckpt", weights_only=False)
                 record = report_record(
                     point_report(result, module, point, solutions),
-                    title=f"{result.cost_name} within {budget:g} of the dense model",
+                    title=f"{type(module).__name__} within {100 * budget:g} % of its {_COSTS[result.cost_name]}",
                     dense=dense,
                     curves=loss_curves(result.database),
                     trade_off=result.chart(),
-                    reproduce=f"recipe: {folder / f'{point.method}-{budget:g}.yaml'}",
+                    reproduce="\n".join([*started_with(), f"# levels of all layers: {point.method}-{budget:g}.yaml"]),
                 )
                 target = folder / f"compressed-{budget:g}.report"
                 save_report(record, target, formats=default_formats(), overwrite=True)
@@ -224,6 +225,9 @@ class SearchRun(Callback):
                 state.held.layers[name] = HeldLayer(mask, solution.grid, None, level.pattern)
         state.inputs = {} if result.quantizer is None else result.quantizer.frozen()
         return state.state_dict() | {"profile": dict(point.profile), "budget": point.budget}
+
+
+_COSTS = {"bops": "bit operations (BOPs)", "flops": "FLOPs", "bytes": "bytes", "seconds": "time"}
 
 
 def _restore(module: nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Any
 
-WIDTH, HEIGHT = 320.0, 190.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 10.0, 24.0, 34.0
+WIDTH, HEIGHT = 340.0, 200.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 10.0, 24.0, 36.0
+_LONGEST = 28
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,15 @@ def _within_decades(low: float, high: float) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A short label for a number."""
+    """A short label for a number: three digits, and powers of ten only where there would be many zeros."""
     if value == 0:
         return "0"
-    if abs(value) >= 1e4 or abs(value) < 1e-2:
-        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
-    return f"{value:.3g}"
+    if abs(value) >= 1e5 or abs(value) < 1e-4:
+        mantissa, _, power = f"{value:.1e}".partition("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if abs(value) >= 1e-2 else f"{value:.2g}"
 
 
 def axes(values_x: Sequence[float], values_y: Sequence[float], log_y: bool = False) -> tuple[Axis, Axis]:
@@ -77,7 +82,9 @@ def axes(values_x: Sequence[float], values_y: Sequence[float], log_y: bool = Fal
     )
 
 
-def _frame(x: Axis, y: Axis, name_x: str, name_y: str, body: str, label: str) -> str:
+def _frame(
+    x: Axis, y: Axis, name_x: str, name_y: str, body: str, label: str, ticks_x: Sequence[float] | None = None
+) -> str:
     parts = [
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">',
         *(
@@ -85,16 +92,23 @@ def _frame(x: Axis, y: Axis, name_x: str, name_y: str, body: str, label: str) ->
             f'<text class="tick" x="{_LEFT - 5:g}" y="{y(t) + 3.5:.1f}" text-anchor="end">{number(t)}</text>'
             for t in y.ticks()
         ),
-        *(
-            f'<text class="tick" x="{x(t):.1f}" y="{HEIGHT - _BOTTOM + 13:g}" text-anchor="middle">{number(t)}</text>'
-            for t in x.ticks()
-        ),
+        _ticks_below(x, x.ticks() if ticks_x is None else ticks_x),
         f'<text class="axis" x="{WIDTH - _RIGHT:g}" y="{HEIGHT - 6:g}" text-anchor="end">{escape(name_x)}</text>',
         f'<text class="axis" x="2" y="11">{escape(name_y)}</text>',
         body,
         "</svg>",
     ]
     return "".join(parts)
+
+
+def _ticks_below(x: Axis, values: Sequence[float]) -> str:
+    base = HEIGHT - _BOTTOM
+    marks = [
+        f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{base:g}" y2="{base + 4:g}"/>'
+        f'<text class="tick" x="{x(t):.1f}" y="{base + 14:g}" text-anchor="middle">{number(t)}</text>'
+        for t in values
+    ]
+    return f'<line class="grid" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{base:g}" y2="{base:g}"/>{"".join(marks)}'
 
 
 def curve(points: Sequence[Sequence[float]], name_x: str, name_y: str, label: str, log_y: bool = True) -> str:
@@ -116,63 +130,98 @@ def scatter(data: Mapping[str, Any], label: str) -> str:
 
     Args:
         data: Names ``x`` and ``y``, ``points`` with ``x``, ``y``, and optionally ``label`` and ``series``; optionally
-            ``dense``, a height to compare with, and ``log`` for a logarithmic horizontal axis.
+            ``dense``, a height to compare with, ``log`` for a logarithmic horizontal axis, and ``joined``, False for
+            points without a line.
         label: What the chart is called for those who cannot see it.
     """
     points = sorted(data.get("points", ()), key=lambda point: point["x"])
     if not points:
         return ""
-    log = bool(data.get("log")) and points[0]["x"] > 0
-    heights = [p["y"] for p in points] + ([data["dense"]] if data.get("dense") is not None else [])
-    x, y = axes([p["x"] for p in points], heights)
-    x = replace(x, log=log, **(_decades(x.low, x.high) if log else {}))
+    dense = data.get("dense")
     series = list(dict.fromkeys(str(p.get("series", "")) for p in points))
-    body = "".join(
-        _series([p for p in points if str(p.get("series", "")) == name], x, y, number, len(series) > 1)
-        for number, name in enumerate(series)
+    several = len(series) > 1
+    x, y = _trade_off_axes(points, dense, bool(data.get("log")), several)
+    body = "" if dense is None else _level(dense, x, y)
+    for index, name in enumerate(series):
+        mine = [p for p in points if str(p.get("series", "")) == name]
+        body += _series(mine, x, y, f" series{index % 3}" if several else "", joined=bool(data.get("joined", True)))
+    body += _legend(series) if several else _labels(points, x, y)
+    return _frame(x, y, str(data.get("x", "")), str(data.get("y", "")), body, label, _points_as_ticks(points, x))
+
+
+def _trade_off_axes(
+    points: Sequence[Mapping[str, Any]], dense: float | None, log: bool, legend: bool
+) -> tuple[Axis, Axis]:
+    """Axes with some room around the points: nothing lies on the frame."""
+    across = [float(p["x"]) for p in points]
+    log = log and across[0] > 0
+    if log:
+        room = max(1.05, (across[-1] / across[0]) ** 0.06)
+        low, high = across[0] / room, across[-1] * room
+    else:
+        margin = 0.06 * (across[-1] - across[0]) or 0.5 * abs(across[0]) or 0.5
+        low, high = across[0] - margin, across[-1] + margin
+    x = Axis(low, high, _LEFT, WIDTH - _RIGHT, log)
+    heights = [float(p["y"]) for p in points] + ([] if dense is None else [dense])
+    margin = 0.08 * (max(heights) - min(heights)) or 0.05 * abs(heights[0]) or 0.5
+    top = _TOP + (14.0 if legend else 0.0)
+    return x, Axis(min(heights) - margin, max(heights) + margin, HEIGHT - _BOTTOM, top)
+
+
+def _points_as_ticks(points: Sequence[Mapping[str, Any]], x: Axis) -> list[float] | None:
+    """The points' own positions as ticks when there are few and they leave room for their labels."""
+    values = sorted({float(p["x"]) for p in points})
+    gaps = [x(b) - x(a) for a, b in pairwise(values)]
+    return values if len(values) <= 6 and all(gap > 34 for gap in gaps) else None
+
+
+def _level(value: float, x: Axis, y: Axis) -> str:
+    return (
+        f'<line class="level" x1="{x.start:g}" x2="{x.end:g}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
+        f'stroke-dasharray="3 3"><title>dense: {number(value)}</title></line>'
+        f'<text class="tick" x="{x.end:g}" y="{y(value) - 4:.1f}" text-anchor="end">dense</text>'
     )
-    if data.get("dense") is not None:
-        level = y(data["dense"])
-        body += (
-            f'<line class="level" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{level:.1f}" y2="{level:.1f}" '
-            f'stroke-dasharray="3 3"><title>dense: {number(data["dense"])}</title></line>'
-        )
-    if len(series) > 1:
-        body += _legend(series)
-    return _frame(x, y, str(data.get("x", "")), str(data.get("y", "")), body, label)
 
 
-def _decades(low: float, high: float) -> dict[str, float]:
-    """A logarithmic range widened until it holds at least two ticks."""
-    return {"low": low, "high": max(high, 1.05 * low)}
-
-
-def _series(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, index: int, several: bool) -> str:
+def _series(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, colour: str, joined: bool) -> str:
     path = " ".join(f"{'M' if i == 0 else 'L'}{x(p['x']):.1f} {y(p['y']):.1f}" for i, p in enumerate(points))
-    colour = f" series{index % 3}" if several else ""
-    body = f'<path class="line{colour}{"" if several else " faint"}" d="{path}"/>'
+    body = f'<path class="line{colour or " faint"}" d="{path}"/>' if joined else ""
     for point in points:
-        left, top = x(point["x"]), y(point["y"])
-        anchor = "end" if left > WIDTH * 0.7 else "start"
         text = escape(" ".join(part for part in (str(point.get("series", "")), str(point.get("label", ""))) if part))
         title = f"{text} {number(point['x'])}, {number(point['y'])}"
-        body += f'<circle class="dot{colour}" cx="{left:.1f}" cy="{top:.1f}" r="3.5"><title>{title}</title></circle>'
-        if not several:
-            shift = -6 if anchor == "end" else 6
-            body += f'<text class="tick" x="{left + shift:.1f}" y="{top - 5:.1f}" text-anchor="{anchor}">{text}</text>'
+        centre = f'cx="{x(point["x"]):.1f}" cy="{y(point["y"]):.1f}"'
+        body += f'<circle class="dot{colour}" {centre} r="3.5"><title>{title}</title></circle>'
+    return body
+
+
+def _labels(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> str:
+    """Names beside their points, each moved down until it covers no other."""
+    body, taken = "", list[tuple[float, float]]()
+    for point in points:
+        text = str(point.get("label", ""))
+        if not text:
+            continue
+        text = text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
+        left, top = x(point["x"]), y(point["y"]) - 6
+        right_half = left > (_LEFT + WIDTH) / 2
+        while any(abs(top - other) < 11 and half == right_half for other, half in taken):
+            top += 11
+        taken.append((top, right_half))
+        anchor = 'text-anchor="end"' if right_half else 'text-anchor="start"'
+        place = f'x="{left + (-6 if right_half else 6):.1f}" y="{top:.1f}"'
+        body += f'<text class="tick" {place} {anchor}>{escape(text)}</text>'
     return body
 
 
 def _legend(names: Sequence[str]) -> str:
-    """Names of the series from the lower right corner upwards, where trade-offs have no points."""
-    rows = []
-    for index, name in enumerate(names):
-        top = HEIGHT - _BOTTOM - 8 - 13 * (len(names) - 1 - index)
-        rows.append(
-            f'<circle class="dot series{index % 3}" cx="{WIDTH - _RIGHT - 6:g}" cy="{top - 3.5:g}" r="3.5"/>'
-            f'<text class="tick" x="{WIDTH - _RIGHT - 14:g}" y="{top:g}" text-anchor="end">{escape(name)}</text>'
-        )
-    return "".join(rows)
+    """Names of the series in one line above the chart."""
+    body, right = "", WIDTH - _RIGHT
+    for index in reversed(range(len(names))):
+        body += f'<text class="tick" x="{right:g}" y="26" text-anchor="end">{escape(names[index])}</text>'
+        right -= 5.9 * len(names[index]) + 9
+        body += f'<circle class="dot series{index % 3}" cx="{right:g}" cy="22.5" r="3.5"/>'
+        right -= 14
+    return body
 
 
 _ALONE = """
@@ -192,55 +241,51 @@ def standalone(svg: str) -> str:
 
 
 def histogram(data: Mapping[str, Any], label: str) -> str:
-    """Weights before (line) and after (bars), with the grid points as ticks where there is a grid of few of them."""
+    """Weights before (line) and after (bars), with the grid points as ticks where there is a grid of few of them.
+
+    Counts are drawn on a square-root scale: after quantization they pile up on few points, and both shapes should show.
+    """
     after, before = data["after"], data.get("before")
-    highest = max(max(after), max(before or [0]), 1)
-    # Counts after quantization pile up on few points; the square root keeps both shapes visible.
+    highest = float(max(*after, *(before or [0]), 1))
     x = Axis(data["low"], data["high"], _LEFT, WIDTH - _RIGHT)
-    y = Axis(0.0, math.sqrt(highest), HEIGHT - _BOTTOM, _TOP)
-    width = (WIDTH - _RIGHT - _LEFT) / len(after)
-    base = HEIGHT - _BOTTOM
-    bars = "".join(
-        f'<rect class="bar" x="{_LEFT + i * width:.2f}" y="{y(math.sqrt(c)):.1f}" width="{max(width - 0.6, 0.5):.2f}" '
-        f'height="{base - y(math.sqrt(c)):.1f}"/>'
-        for i, c in enumerate(after)
-        if c
+    root = Axis(0.0, math.sqrt(highest), HEIGHT - _BOTTOM, _TOP)
+    width, base = (WIDTH - _RIGHT - _LEFT) / len(after), HEIGHT - _BOTTOM
+    heights = [root(math.sqrt(count)) for count in after]
+    body = "".join(
+        f'<rect class="bar" x="{_LEFT + i * width:.2f}" y="{top:.1f}" width="{max(width - 0.6, 0.5):.2f}" '
+        f'height="{base - top:.1f}"/>'
+        for i, (top, count) in enumerate(zip(heights, after, strict=True))
+        if count
     )
-    line = ""
     if before:
-        steps = [(_LEFT + (i + 0.5) * width, y(math.sqrt(c))) for i, c in enumerate(before)]
-        line = (
-            '<path class="line second" d="'
-            + " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(steps))
-            + '"/>'
-        )
+        steps = [(_LEFT + (i + 0.5) * width, root(math.sqrt(count))) for i, count in enumerate(before)]
+        path = " ".join(f"{'M' if i == 0 else 'L'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(steps))
+        body += f'<path class="line second" d="{path}"/>'
     levels = data.get("levels")
-    grid = ""
     if levels and levels <= 32:
-        grid = "".join(
+        body += "".join(
             f'<line class="level" x1="{x(i):.1f}" x2="{x(i):.1f}" y1="{base:g}" y2="{base + 4:g}"/>'
             for i in range(levels)
         )
-    ticks = "".join(
-        f'<text class="tick" x="{x(t):.1f}" y="{base + 15:g}" text-anchor="middle">{number(t)}</text>'
-        for t in x.ticks()
+    scale = "".join(
+        f'<line class="grid" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{root(math.sqrt(t)):.1f}" '
+        f'y2="{root(math.sqrt(t)):.1f}"/><text class="tick" x="{_LEFT - 5:g}" y="{root(math.sqrt(t)) + 3.5:.1f}" '
+        f'text-anchor="end">{number(t)}</text>'
+        for t in _round_counts(highest)
     )
-    name = "code on the grid" if levels else "weight"
+    name = f"code on the grid of {levels} points" if levels else "weight"
     return (
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">'
-        f'<line class="grid" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{base:g}" y2="{base:g}"/>'
-        f"{bars}{line}{grid}{ticks}"
+        f"{scale}{body}{_ticks_below(x, [t for t in x.ticks() if not levels or t == round(t)])}"
         f'<text class="axis" x="{WIDTH - _RIGHT:g}" y="{HEIGHT - 6:g}" text-anchor="end">{name}</text>'
-        f'<text class="axis" x="2" y="11">√count</text></svg>'
+        f'<text class="axis" x="2" y="11">weights, √ scale</text></svg>'
     )
 
 
-def shares(values: Sequence[float], log: bool = False) -> list[float]:
-    """Lengths of bars in percent; on a logarithmic scale the smallest positive value still shows."""
-    positive = [value for value in values if value > 0]
-    if not positive:
-        return [0.0] * len(values)
-    if not log:
-        return [100 * value / max(positive) for value in values]
-    low, high = math.log10(min(positive)) - 0.5, math.log10(max(positive))
-    return [0.0 if value <= 0 else 100 * (math.log10(value) - low) / (high - low or 1.0) for value in values]
+def _round_counts(highest: float) -> list[float]:
+    """Round counts near a third and two thirds of the height of the square-root scale, and near its top."""
+    found = []
+    for part in (highest / 9, 4 * highest / 9, highest):
+        power = 10.0 ** math.floor(math.log10(max(part, 1.0)))
+        found.append(max(factor * power for factor in (1, 2, 3, 5, 8) if factor * power <= max(part, 1.0)))
+    return sorted(set(found))

@@ -51,7 +51,7 @@ def _summary(records: Mapping[str, Record]) -> list[list[str]]:
         row("zeros [%]", lambda record: _size(record, "sparsity", 100)),
         row("bits per weight", lambda record: _size(record, "bits_per_weight", 1)),
         row("summed loss", lambda record: f"{sum(entry['loss'] for entry in last_rows(record)):.4g}"),
-        row("time [s]", lambda record: f"{sum(stage['seconds'] for stage in record['stages']):.1f}"),
+        row("time [s]", _time),
     ]
     figures = dict.fromkeys(name for record in records.values() for name in record["figures"])
     for name in figures:
@@ -63,6 +63,11 @@ def _summary(records: Mapping[str, Record]) -> list[list[str]]:
         if len(set(found)) > 1:
             table.append([name, *found])
     return table
+
+
+def _time(record: Record) -> str:
+    seconds = sum(stage["seconds"] for stage in record["stages"])
+    return f"{seconds:.1f}" if seconds else "–"
 
 
 def _size(record: Record, key: str, factor: float) -> str:
@@ -86,7 +91,9 @@ def _trade_off(records: Mapping[str, Record]) -> dict[str, Any] | None:
         {"x": record["sizes"]["bits_per_weight"], "y": record["figures"][shared[0]][1], "label": label}
         for label, record in records.items()
     ]
-    return {"x": "bits per weight", "y": shared[0], "points": points}
+    dense = {record["figures"][shared[0]][0] for record in records.values()}
+    baseline = {"dense": dense.pop()} if len(dense) == 1 else {}
+    return {"x": "bits per weight", "y": shared[0], "points": points, "joined": False, **baseline}
 
 
 def render_comparison_html(comparison: Mapping[str, Any]) -> str:
@@ -129,9 +136,9 @@ def compare_reports(
         SpecError: Fewer than two reports, or an unknown format. FingerprintError: A file that is no report.
     """
     paths = [Path(report) for report in reports]
-    stems = [file.stem for file in paths]
+    stems = [file.stem.removesuffix(".report") for file in paths]
     labels = [
-        stem if stems.count(stem) == 1 else str(file.with_suffix("")) for stem, file in zip(stems, paths, strict=True)
+        stem if stems.count(stem) == 1 else str(file.with_name(stem)) for stem, file in zip(stems, paths, strict=True)
     ]
     comparison = compare_records({label: load_record(file) for label, file in zip(labels, paths, strict=True)})
     renderers = {

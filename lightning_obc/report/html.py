@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_obc.files import require
 from lightning_obc.report import charts
+from lightning_obc.report.bars import bar_charts
 from lightning_obc.report.record import Record, last_rows
 
 MOST = 24
@@ -42,18 +43,20 @@ def render_html(record: Record) -> str:
     """
     rows = last_rows(record)
     shown = sorted(rows, key=lambda row: -row["loss"])[:MOST]
-    names = [row["name"] for row in rows if row in shown]
+    names = [name for name in _order(record) if any(name == row["name"] for row in shown)]
     histograms = {name: data for name, data in record["histograms"].items() if name in names}
     curves = dict(list(record["curves"].items())[:MOST])
     return page(
         "template.html",
         record=record,
         tiles=tiles(record),
-        bars=bar_charts([row for row in rows if row in shown]),
+        bars=bar_charts(layer_rows(record, names)),
         omitted=len(rows) - len(shown),
         trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
+        points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
+        stages=[stage["stage"] for stage in record["stages"]],
         curves=[
-            (name, safe(charts.curve(points, "sparsity", "error", f"Loss curve of {name}")))
+            (name, safe(charts.curve(points, "sparsity", "relative error", f"Loss curve of {name}")))
             for name, points in curves.items()
         ],
         histograms=[(name, safe(charts.histogram(data, f"Weights of {name}"))) for name, data in histograms.items()],
@@ -61,6 +64,24 @@ def render_html(record: Record) -> str:
         corrections=[_correction(correction) for correction in record["corrections"]],
         left=left_dense(record),
     )
+
+
+def _order(record: Record) -> list[str]:
+    """Layers in the order of the stage that has most of them: with several stages the first need not be the longest."""
+    longest: list[dict[str, Any]] = max((stage["layers"] for stage in record["stages"]), key=len, default=[])
+    return list(dict.fromkeys(row["name"] for row in [*longest, *last_rows(record)]))
+
+
+def trade_off_rows(data: Mapping[str, Any]) -> list[list[str]]:
+    """The points of a trade-off as cells: name, horizontal and vertical figure."""
+    return [
+        [
+            str(point.get("series") or point.get("label") or "–"),
+            charts.number(point["x"]),
+            f"{point['y']:.4f}",
+        ]
+        for point in data["points"]
+    ]
 
 
 def tiles(record: Record) -> list[dict[str, str]]:
@@ -75,47 +96,25 @@ def tiles(record: Record) -> list[dict[str, str]]:
             {"name": "smaller in theory than float32", "value": f"{size['ratio']:.1f}×"},
         ]
     found += [
-        {"name": name, "value": f"{pair[0]:.4g} → {pair[1]:.4g}"} for name, pair in list(record["figures"].items())[:2]
+        {"name": f"{name}, dense {pair[0]:.4g}", "value": f"{pair[1]:.4g}"}
+        for name, pair in list(record["figures"].items())[:2]
     ]
     if record["measured"]:
         best = max(record["measured"], key=lambda row: row["speedup"])
         found.append({"name": f"faster, measured: {best['name']}", "value": f"{best['speedup']:.2f}×"})
-    seconds = sum(stage["seconds"] for stage in record["stages"])
-    return [*found, {"name": "compression time", "value": f"{seconds:.1f} s"}]
+    if seconds := sum(stage["seconds"] for stage in record["stages"]):
+        found.append({"name": "compression time", "value": f"{seconds:.1f} s"})
+    return found
 
 
-def bar_charts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Error, sparsity and time of every layer, as horizontal bars."""
-    if not rows:
-        return []
-
-    def chart(title: str, values: Sequence[float], texts: Sequence[str], log: bool) -> dict[str, Any]:
-        lengths = charts.shares(values, log)
-        entries = [
-            {"name": row["name"], "share": length, "text": text, "bad": not row["compressed"]}
-            for row, length, text in zip(rows, lengths, texts, strict=True)
-        ]
-        return {"title": title, "rows": entries}
-
-    errors = [row["relative_error"] for row in rows]
-    sparsity = [row["sparsity"] for row in rows]
-    times = [row["seconds"] for row in rows]
-    return [
-        chart("Relative error, logarithmic", errors, [f"{100 * value:.3g} %" for value in errors], True),
-        {
-            **chart("Sparsity", sparsity, [f"{100 * value:.1f} %" for value in sparsity], False),
-            "rows": [
-                {
-                    "name": row["name"],
-                    "share": 100 * row["sparsity"],
-                    "text": f"{100 * row['sparsity']:.1f} %",
-                    "bad": False,
-                }
-                for row in rows
-            ],
-        },
-        chart("Time", times, [f"{value:.2f} s" for value in times], False),
-    ]
+def layer_rows(record: Record, names: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """The rows of each named layer, one for every stage it took part in, with the stage's number as ``series``."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for index, stage in enumerate(record["stages"]):
+        for row in stage["layers"]:
+            if row["name"] in found:
+                found[row["name"]].append(row | {"series": index % 3})
+    return list(found.values())
 
 
 def left_dense(record: Record) -> list[tuple[str, str]]:

@@ -7,8 +7,10 @@ or compared with others, long after the run.
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Union
@@ -45,7 +47,7 @@ def report_record(
     Args:
         report: The run.
         title: Heading.
-        recipe: The stages as given, shown by their ``repr``; default those of the report.
+        recipe: The stages as given, shown as code; default those of the report.
         plans: Plans of the stages, shown as text; default those of the report.
         dense: State dict of the model before compression, or samples of its layers' weights, for histograms of weights
             before; default what the report holds.
@@ -54,13 +56,15 @@ def report_record(
         measured: Rows of :func:`lightning_obc.export.benchmark`, as dictionaries.
         reproduce: Command or script that repeats the run; default a call of :func:`lightning_obc.compress`.
     """
-    stages = [repr(stage) for stage in (report.recipe if recipe is None else recipe)]
+    stages = [code(stage) for stage in (report.recipe if recipe is None else recipe)]
     curves = sweep_curves(report) if curves is None else curves
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": title,
         **report.to_dict(),
+        "left_dense": dict(report.left_dense) | unselected(report),
+        "notes": list(report.notes),
         "recipe": stages,
         "plans": [str(plan) for plan in (report.plans if plans is None else plans)],
         "sizes": sizes(report),
@@ -76,11 +80,40 @@ def report_record(
 def _call(stages: Sequence[str]) -> str:
     body = "".join(f"        {stage},\n" for stage in stages)
     return (
-        "import lightning_obc as obc\nfrom lightning_obc.specs import *\n\n"
-        f"obc.compress(\n    model,\n    batches,\n    [\n{body}    ],\n)"
+        f"import lightning_obc as obc\n\nobc.compress(\n    model,\n    batches,\n    [\n{body}    ],\n)"
         if stages
         else ""
     )
+
+
+def code(value: Any) -> str:
+    """A specification as the Python expression that makes it again, without what is left at its default."""
+    if is_dataclass(value) and not isinstance(value, type):
+        given = [
+            f"{entry.name}={code(getattr(value, entry.name))}"
+            for entry in fields(value)
+            if entry.init and not _is_default(entry, getattr(value, entry.name))
+        ]
+        prefix = "obc." if type(value).__module__.startswith("lightning_obc.") else ""
+        return f"{prefix}{type(value).__name__}({', '.join(given)})"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(map(code, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {code(entry)}' for key, entry in value.items())}}}"
+    return repr(value)
+
+
+def _is_default(entry: Field[Any], value: Any) -> bool:
+    default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    return default is not MISSING and type(value) is type(default) and bool(value == default)
+
+
+def unselected(report: CompressionReport) -> dict[str, str]:
+    """Layers that could be compressed, but that no stage was asked to."""
+    known = set(report.layers) | {name for stage in report.stages for name in stage.skipped} | set(report.left_dense)
+    names = select_layers(report.model) if report.stages else {}
+    return {name: "no stage selects it" for name in names if name not in known}
 
 
 def environment() -> dict[str, str]:
@@ -91,26 +124,44 @@ def environment() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_initialized() else _processor()
     return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def sizes(report: CompressionReport) -> dict[str, float]:
     """Weights of the compressed layers: how many, share of zeros, mean bits, and what theory saves.
 
-    ``bits_per_weight`` counts kept codes and one bit of mask per weight of a sparse layer.
+    ``bits_per_weight`` counts the codes of kept weights and the entropy of the mask. Zeros that only rounding made have
+    a code; they are no part of a mask.
     """
     total = zeros = bits = dense = 0.0
-    for row in report.layers.values():
+    for name, row in report.layers.items():
+        solution = report.solutions.get(name)
         count = float(torch.Size(row.shape).numel())
-        mask = 1.0 if row.sparsity > 0 else 0.0
+        pruned = row.sparsity if solution is None else solution.sparsity
         total += count
         zeros += count * row.sparsity
-        bits += count * ((1 - row.sparsity) * row.bits + mask)
+        bits += count * ((1 - pruned) * row.bits + _entropy(pruned))
         dense += count * 32
     if not total:
         return {}
     return {"weights": total, "sparsity": zeros / total, "bits_per_weight": bits / total, "ratio": dense / bits}
+
+
+def _entropy(share: float) -> float:
+    if not 0 < share < 1:
+        return 0.0
+    return -share * math.log2(share) - (1 - share) * math.log2(1 - share)
 
 
 def sweep_curves(report: CompressionReport) -> dict[str, Curve]:
@@ -156,13 +207,14 @@ def _sample(module: Any, weight: Any) -> WeightSample | None:
 def _histogram(before: Tensor | None, after: Tensor, max_code: int | None) -> dict[str, Any]:
     values = after if before is None else torch.cat([before.flatten(), after.flatten()])
     low, high = float(values.min()), float(values.max())
+    bins = BINS
     if max_code is not None:
-        low, high = min(low, -0.5), max(high, max_code + 0.5)
-    if not high > low:
+        low, high, bins = _grid_bins(low, high, max_code)
+    elif not high > low:
         low, high = low - 0.5, high + 0.5
 
     def counts(tensor: Tensor) -> list[int]:
-        return [int(count) for count in torch.histc(tensor.flatten(), BINS, low, high)]
+        return [int(count) for count in torch.histc(tensor.flatten().clamp(low, high), bins, low, high)]
 
     return {
         "low": low,
@@ -171,6 +223,21 @@ def _histogram(before: Tensor | None, after: Tensor, max_code: int | None) -> di
         "before": None if before is None else counts(before),
         "levels": None if max_code is None else max_code + 1,
     }
+
+
+def _grid_bins(low: float, high: float, max_code: int) -> tuple[float, float, int]:
+    """Range and number of bins: every code in the middle of a bin, or whole codes in a bin when there are many.
+
+    Weights farther from the grid than its own width are counted in the outermost bins.
+    """
+    first = math.floor(max(min(low, 0.0), -max_code - 1.0) + 0.5)
+    last = math.ceil(min(max(high, max_code), 2.0 * max_code + 1) - 0.5)
+    codes = last - first + 1
+    if codes <= BINS:
+        return first - 0.5, last + 0.5, (3 if codes <= BINS // 2 else 1) * codes
+    width = math.ceil(codes / BINS)
+    bins = math.ceil(codes / width)
+    return first - 0.5, first - 0.5 + bins * width, bins
 
 
 def load_record(path: Union[str, Path]) -> Record:

@@ -143,6 +143,7 @@ class CompressionReport:
         recipe: The stages as given.
         plans: The plans of the stages, as text.
         dense: Weights before the first stage, a sample of each layer's rows, for histograms.
+        notes: What a reader of the figures should know, such as when they were measured.
     """
 
     model: nn.Module = field(repr=False)
@@ -153,6 +154,7 @@ class CompressionReport:
     recipe: Sequence[Stage] = ()
     plans: Sequence[str] = ()
     dense: Mapping[str, WeightSample] = field(default_factory=dict, repr=False)
+    notes: Sequence[str] = ()
 
     @property
     def solutions(self) -> dict[str, LayerSolution]:

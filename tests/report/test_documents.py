@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 import math
 import re
@@ -14,9 +16,12 @@ from sample_reports import HOSTILE, sample_record, sample_report
 
 from lightning_obc import files as files_module
 from lightning_obc.errors import ExportError, FingerprintError, MissingExtraError, SpecError
+from lightning_obc.export.bits import entropy_bits
 from lightning_obc.report import (
     CompressionReport,
+    WeightSample,
     charts,
+    code,
     compare_records,
     compare_reports,
     load_record,
@@ -25,7 +30,8 @@ from lightning_obc.report import (
     report_record,
     save_report,
 )
-from lightning_obc.report.html import bar_charts
+from lightning_obc.report.bars import bar_charts, logarithmic
+from lightning_obc.report.html import layer_rows
 
 pytest.importorskip("jinja2")
 
@@ -161,7 +167,12 @@ def test_sizes_count_kept_bits_and_masks():
     sizes = report_record(report)["sizes"]
     rows = report.layers.values()
     total = sum(math.prod(row.shape) for row in rows)
-    bits = sum(math.prod(row.shape) * (0.5 * row.bits + 1) for row in rows)
+    # The layer that failed has no mask on record: its zeros count as one.
+    kept = {name: float(solution.mask.double().mean()) for name, solution in report.solutions.items()}
+    bits = sum(
+        math.prod(row.shape) * (kept.get(row.name, 0.5) * row.bits + entropy_bits(kept.get(row.name, 0.5)))
+        for row in rows
+    )
     assert sizes["bits_per_weight"] == pytest.approx(bits / total)
     assert sizes["ratio"] == pytest.approx(32 * total / bits)
 
@@ -174,13 +185,20 @@ def test_axes_and_ticks():
     assert axis.ticks() == [0.001, 0.01, 0.1, 1, 10]
     assert charts.Axis(0, 0.97, 0, 1).ticks() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert charts.Axis(3, 3, 0, 10)(3) == 5
-    assert [charts.number(value) for value in (0, 0.5, 12345, 1e-5)] == ["0", "0.5", "1e4", "1e-5"]
+    assert [charts.number(value) for value in (0, 0.5, 1234.5, 123456, 0.0025, 1e-5)] == [
+        "0",
+        "0.5",
+        "1234",
+        "1.2e5",
+        "0.0025",
+        "1e-5",
+    ]
 
 
 def test_points_of_a_curve_lie_where_their_values_say():
     svg = charts.curve([(0, 1e-3), (1, 1e-1), (0.5, 1e-2)], "sparsity", "error", "curve")
     dots = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    assert [x for x, _ in dots] == pytest.approx([44, 177, 310])
+    assert [x for x, _ in dots] == pytest.approx([44, 187, 330])
     heights = [y for _, y in dots]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert heights[0] > heights[2]
@@ -188,15 +206,89 @@ def test_points_of_a_curve_lie_where_their_values_say():
 
 
 def test_bars_are_as_long_as_their_values():
-    assert charts.shares([1, 2, 4]) == [25, 50, 100]
-    logarithmic = charts.shares([0.0, 1e-3, 1e-1], log=True)
-    assert logarithmic[0] == 0
-    assert 0 < logarithmic[1] < logarithmic[2] == 100
+    axis = logarithmic([0.0, 1e-3, 1e-1])
+    assert [axis(value) for value in (1e-4, 1e-3, 1e-2, 1e-1)] == pytest.approx([0, 100 / 3, 200 / 3, 100])
     record = sample_record()
-    error, sparsity, seconds = bar_charts(record["stages"][1]["layers"])
-    assert [row["share"] for row in sparsity["rows"]] == [50] * 4
-    assert error["rows"][3]["bad"]
-    assert seconds["rows"][-1]["share"] == 100
+    names = [row["name"] for row in record["stages"][1]["layers"]]
+    error, sparsity, seconds = bar_charts(layer_rows(record, names))
+    assert [[bar["share"] for bar in row["bars"]] for row in sparsity["rows"]] == [[50]] * 4
+    assert [tick["text"] for tick in sparsity["ticks"]] == ["0 %", "50 %", "100 %"]
+    # One bar per stage; the layer that the second stage could not solve has an empty one.
+    assert [bar["series"] for bar in error["rows"][3]["bars"]] == [0, 1]
+    assert [bar["bad"] for bar in error["rows"][3]["bars"]] == [False, True]
+    assert error["rows"][3]["bars"][1]["share"] == 0
+    assert seconds["rows"][-1]["bars"][0]["share"] == 100
+    for chart in (error, sparsity, seconds):
+        assert all(0 <= tick["left"] <= 100 for tick in chart["ticks"])
+
+
+def test_a_trade_off_names_its_series_and_its_baseline():
+    points = [{"x": x, "y": y, "series": name} for name in ("uniform", "SPDY") for x, y in ((0.1, 0.9), (0.01, 0.8))]
+    svg = charts.scatter({"x": "share", "y": "accuracy", "points": points, "dense": 0.95, "log": True}, "Trade-off")
+    assert ">0.01</text>" in svg
+    assert ">0.1</text>" in svg
+    assert ">dense</text>" in svg
+    assert svg.count("<path") == 2
+    lone = [{"x": 1, "y": 0.5, "label": name * 20} for name in "ab"]
+    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": lone, "joined": False}, "Runs")
+    assert "<path" not in svg
+    tops = [float(top) for top in re.findall(r'y="([\d.]+)" text-anchor="\w+">[ab]{9}', svg)]
+    assert len(tops) == 2
+    assert abs(tops[0] - tops[1]) >= 11, "labels of equal points must not cover each other"
+
+
+def test_specifications_are_shown_as_code_that_makes_them_again():
+    import lightning_obc as obc
+
+    for stage in (
+        obc.Prune("2:4", at={"epoch": 3}, exclude=["stem"], refine=obc.Refine(sweeps=2)),
+        obc.Quantize(obc.IntGrid(3, granularity="group", group_size=8), layers=["a", "b"]),
+        obc.Prune(obc.Block(4, 0.5)),
+        obc.Calibration(samples=7),
+    ):
+        assert eval(code(stage)) == stage
+    assert code(obc.Prune(0.5)) == "obc.Prune(pattern=0.5)"
+
+
+def test_a_layer_that_no_stage_selects_is_named():
+    report, _ = sample_report()
+    stages = [dataclasses.replace(stage, layers=stage.layers[:2], skipped={}) for stage in report.stages]
+    record = report_record(dataclasses.replace(report, stages=stages))
+    assert record["left_dense"]["3"] == "no stage selects it"
+    assert "no stage selects it" in render_markdown(record)
+
+
+def test_samples_of_weights_are_whole_rows_of_all_problems():
+    matrix = torch.arange(2 * 30 * 4.0).reshape(2, 30, 4)
+    sample = WeightSample.of(matrix, most=40)
+    assert sample.values.shape == (10, 4)
+    assert (sample.rows[0], sample.rows[-1]) == (0, 59)
+    assert torch.equal(sample.select(matrix), sample.values.double())
+    assert WeightSample.of(matrix, most=1).values.shape == (1, 4)
+    assert torch.equal(WeightSample.of(matrix).values, matrix.reshape(60, 4))
+
+
+def test_a_run_saves_its_own_report(tmp_path):
+    """Recipe, plan, loss curves and weights before come with what ``compress`` returns."""
+    import lightning_obc as obc
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    dense = model[0].weight.detach().clone()
+    report = obc.compress(model, torch.randn(64, 16), [obc.Prune(0.5, exclude=["2"]), obc.Quantize(4, layers=["0"])])
+    paths = report.save(tmp_path / "run", title="Two layers")
+    record = load_record(tmp_path / "run.json")
+    assert [path.suffix for path in paths] == [".html", ".md", ".json"]
+    assert record["recipe"] == ["obc.Prune(pattern=0.5, exclude=['2'])", "obc.Quantize(grid=4, layers=['0'])"]
+    assert len(record["plans"]) == 2
+    assert sum(record["histograms"]["0"]["before"]) == dense.numel()
+    curve = record["curves"]["0"]
+    assert [round(curve[0][0] * 128), curve[-1]] == [1, [1.0, pytest.approx(1.0)]]
+    assert all(a[1] <= b[1] for a, b in itertools.pairwise(curve))
+    assert record["left_dense"] == {"2": "no stage selects it"}
+    page = paths[0].read_text()
+    assert "Loss curves of the sweep" in page
+    assert "before" in page
 
 
 def test_runs_side_by_side(tmp_path):

@@ -1,0 +1,96 @@
+"""Horizontal bars of every layer: error, sparsity and time, one bar per stage, as data for the page's template."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_obc.report.charts import Axis, number
+
+Row = Mapping[str, Any]
+_DECADES = 8
+_LABELS = 3
+
+
+def share(value: float, axis: Axis) -> float:
+    """Length of a bar in percent of its track; 0 for what a logarithmic axis cannot show."""
+    return 0.0 if value <= 0 else axis(value)
+
+
+def logarithmic(values: Sequence[float]) -> Axis:
+    """Whole decades around the positive values, eight at most below the largest."""
+    positive = [value for value in values if value > 0] or [1.0]
+    high = math.ceil(math.log10(max(positive)) - 1e-9)
+    # A value at the lower end would have no bar at all.
+    low = max(math.floor(math.log10(min(positive)) - 0.1), high - _DECADES)
+    return Axis(10.0**low, 10.0 ** max(high, low + 1), 0.0, 100.0, log=True)
+
+
+def linear(values: Sequence[float]) -> Axis:
+    """From 0 to the largest value."""
+    return Axis(0.0, max(max(values, default=0.0), 1e-300), 0.0, 100.0)
+
+
+def chart(
+    title: str,
+    rows: Sequence[Sequence[tuple[Row, float]]],
+    axis: Axis,
+    text: Callable[[float], str],
+    ticks: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """One chart: per layer a label and its bars, and the ticks of the axis below them.
+
+    Args:
+        title: What is drawn, with its unit.
+        rows: Per layer the row of each stage that has one, with the value to draw.
+        axis: From values to percent of the track.
+        text: Writes a value with its unit.
+        ticks: Values to write below the bars; by default a few round ones.
+    """
+    entries = [
+        {
+            "name": bars[0][0]["name"],
+            "bars": [_bar(row, share(value, axis), text(value)) for row, value in bars],
+            "text": " · ".join(text(value) for _, value in bars[-2:]),
+        }
+        for bars in rows
+    ]
+    ticks = axis.ticks() if ticks is None else ticks
+    stride = max(1, math.ceil(len(ticks) / _LABELS))
+    return {
+        "title": title,
+        "rows": entries,
+        "ticks": [{"left": axis(tick), "text": text(tick)} for tick in ticks[::stride]],
+    }
+
+
+def _bar(row: Row, length: float, text: str) -> dict[str, Any]:
+    return {"share": length, "text": text, "series": row["series"], "bad": not row["compressed"]}
+
+
+def percent(value: float) -> str:
+    return "0 %" if value <= 0 else f"{number(100 * value)} %"
+
+
+def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """Error, sparsity and time of every layer.
+
+    Args:
+        layers: Per layer its rows, one of each stage it took part in, each with the stage's number as ``series``.
+    """
+    if not layers:
+        return []
+    errors = [[(row, row["relative_error"]) for row in rows] for rows in layers]
+    zeros = [[({**rows[-1], "series": 0, "compressed": True}, rows[-1]["sparsity"])] for rows in layers]
+    times = [[(row, row["seconds"]) for row in rows] for rows in layers]
+    flat = [[value for bars in rows for _, value in bars] for rows in (errors, times)]
+    found = [
+        chart("Relative output error, logarithmic [%]", errors, logarithmic(flat[0]), percent),
+        chart(
+            "Zeros after the last stage [%]", zeros, linear([1.0]), lambda value: f"{100 * value:.3g} %", (0, 0.5, 1)
+        ),
+    ]
+    if any(value > 0 for value in flat[1]):
+        found.append(chart("Time to solve [s]", times, linear(flat[1]), lambda value: f"{value:.2f} s"))
+    return found
