@@ -8,8 +8,9 @@ from typing import Literal, Union, get_args
 
 from lightning_obc.errors import SpecError
 
-PruneSolver = Literal["obs", "sparsegpt", "adaprune", "magnitude"]
-QuantizeSolver = Literal["obs", "gptq", "rtn"]
+PruneSolver = Literal["obs", "sparsegpt", "sparsegpt-act", "adaprune", "magnitude"]
+QuantizeSolver = Literal["obs", "gptq", "gptq-act", "rtn"]
+Order = Literal["auto", "greedy", "activation", "ascending"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Refine:
         seconds: Time limit per layer, or None. A result that a time limit cut short may differ from run to run.
         judge: Keep of each row only as much refinement as lowered the error on the other half of the calibration
             samples. Costs two more solves of the layer. Without both halves every refinement is kept.
-        restart: Refine codes from a second start as well, quantization in activation order, and let each row have the
-            better of the two. That order is often the better start at 4 bits and more, the greedy one below.
+        restart: Refine codes from other starts as well and let each row have the best end: the results of the other
+            orders that ``order="auto"`` has tried, otherwise that of the activation order.
     """
 
     sweeps: int = 10
@@ -52,6 +53,12 @@ def parse_refine(value: Union[bool, Refine]) -> Refine | None:
     if isinstance(value, bool):
         return Refine() if value else None
     raise SpecError("refine has the wrong type", got=repr(value), expected="True, False or a Refine")
+
+
+def check_order(order: str) -> None:
+    """Raise SpecError unless ``order`` is one that codes can be found in."""
+    if order not in get_args(Order):
+        raise SpecError("Unknown order", got=repr(order), expected=f"one of {get_args(Order)}")
 
 
 def check_solver(solver: str, refine: Union[bool, Refine], *, quantize: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 from torch import Tensor
@@ -18,10 +18,15 @@ from lightning_obc.specs import Prune, Quantize, Stage
 
 PRUNERS: dict[str, Callable[..., LayerSolution]] = {
     "sparsegpt": sparsegpt,
+    "sparsegpt-act": partial(sparsegpt, act_order=True),
     "adaprune": adaprune,
     "magnitude": magnitude,
 }
-QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {"gptq": gptq, "rtn": round_to_nearest}
+QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {
+    "gptq": gptq,
+    "gptq-act": partial(gptq, act_order=True),
+    "rtn": round_to_nearest,
+}
 
 
 def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int, pooled: bool = False) -> LayerSolution:
@@ -56,4 +61,5 @@ def _solve_quantize(stage: Quantize, weight: Tensor, hessian: Hessian, channels:
     options: dict[str, Any] = {"mask": kept, "channels": channels, "damping": stage.damping}
     if stage.solver != "obs":
         return QUANTIZERS[stage.solver](weight, hessian, stage.parsed, **options)
-    return quantize(weight, hessian, stage.parsed, backend=stage.backend, refine=stage.refine, **options)
+    options |= {"order": stage.order, "backend": stage.backend, "refine": stage.refine}
+    return quantize(weight, hessian, stage.parsed, **options)

@@ -23,7 +23,7 @@ from lightning_obc.patterns import Unstructured as Unstructured
 from lightning_obc.patterns import parse_grid as parse_grid
 from lightning_obc.patterns import parse_pattern as parse_pattern
 from lightning_obc.schedules import At, Gradual, check_at, times
-from lightning_obc.solvers import PruneSolver, QuantizeSolver, Refine, check_solver, parse_refine
+from lightning_obc.solvers import Order, PruneSolver, QuantizeSolver, Refine, check_order, check_solver, parse_refine
 
 Selection = Literal["heap", "sorted", "hull"]
 Misfit = Literal["error", "skip", "pad"]
@@ -178,7 +178,8 @@ class Prune(Stage):
         misfit: What to do with a layer whose input channels do not divide by the pattern's group.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         schedule: Reach the pattern's sparsity in several steps. Needs ``at`` to be an epoch or a step.
-        solver: ``"obs"``, or another method for comparison.
+        solver: ``"obs"``, or another method for comparison: ``"sparsegpt"`` (``"sparsegpt-act"``: columns in activation
+            order), ``"adaprune"`` or ``"magnitude"``.
         refine: Swap kept for removed weights afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
             Unstructured and N:M patterns only.
         edges: ``"skip"`` leaves the first and the last layer of the model alone: those that the first calibration
@@ -256,7 +257,8 @@ class Quantize(Stage):
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
         after: What training does with the weights once they are quantized: ``"freeze"`` keeps them as they are,
             ``"train"`` goes on training them with a straight-through estimator, always on their grid.
-        solver: ``"obs"``, or another method for comparison.
+        solver: ``"obs"``, or another method for comparison: ``"gptq"`` (``"gptq-act"``: columns in activation order) or
+            ``"rtn"``, round to nearest.
         refine: Coordinate descent on the codes afterwards; ``True`` or a :class:`~lightning_obc.solvers.Refine`.
         edges: Bit width of the first and the last layer of the model and of their inputs, or ``"skip"`` to leave them
             alone; see :class:`Prune`.
@@ -265,6 +267,9 @@ class Quantize(Stage):
         activations: Bit width of the layers' inputs, or an :class:`ActivationGrid`; None leaves them in floating point.
             Their ranges are found on the calibration data behind the quantized weights, and inputs are rounded from
             then on, in training with a straight-through gradient. A layer that keeps its weights keeps its input.
+        order: In which order OBS rounds the weights of a row: ``"greedy"``, the cheapest first (the paper),
+            ``"activation"`` or ``"ascending"`` (one order of columns for all rows), or ``"auto"``: all three, and every
+            row keeps the best.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)
@@ -280,6 +285,7 @@ class Quantize(Stage):
     edges: Union[Literal["same", "skip"], int] = "same"
     overrides: dict[str, QuantizeOverride] = field(default_factory=dict)
     activations: Union[int, ActivationGrid, None] = None
+    order: Order = "auto"
 
     def __post_init__(self) -> None:
         parse_grid(self.grid)
@@ -289,6 +295,11 @@ class Quantize(Stage):
         _check_choice("misfit", self.misfit, get_args(Misfit))
         _check_choice("backend", self.backend, BACKENDS)
         check_solver(self.solver, self.refine, quantize=True)
+        check_order(self.order)
+        if self.order != "auto" and self.solver != "obs":
+            raise SpecError(
+                "order is for OBS", got=f"order={self.order!r} with solver={self.solver!r}", expected='solver="obs"'
+            )
         if self.after not in ("freeze", "train"):
             raise SpecError("Quantize.after is unknown", got=repr(self.after), expected='"freeze" or "train"')
         if isinstance(self.edges, str):

@@ -106,6 +106,11 @@ def quadratic(delta: Tensor, hessian: Tensor) -> float:
     return max(0.0, float(((delta @ hessian) * delta).sum() / 2))
 
 
+def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
+    """``½ δ_r H δ_rᵀ`` of every row: ``[g, R]`` of ``[g, R, d]`` and ``[g, d, d]``, float64."""
+    return ((delta @ hessian) * delta).sum(-1) / 2
+
+
 def measured_with(hessian: Hessian, solution: LayerSolution, weight: Tensor) -> LayerSolution:
     """A solution of ``weight [g, R, d]`` with its loss and reference under another Hessian than it was solved for."""
     full, before = hessian.full().to(weight.device), weight.double()

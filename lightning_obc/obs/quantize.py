@@ -6,17 +6,19 @@ import torch
 from torch import Tensor
 
 from lightning_obc import linalg
-from lightning_obc.errors import ShapeError
-from lightning_obc.grid_fitting import fit_grid, refit_scale
+from lightning_obc.errors import NotPositiveDefiniteError, ShapeError
+from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.grids import Grid
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.damping import resolve_damping, sample_rows
+from lightning_obc.obs.orders import column_order_codes, ranked_by_row
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.prune import check_channels
 from lightning_obc.obs.refine import GreedyCodes, refine_codes
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.solution import LayerSolution
-from lightning_obc.solvers import Refine, parse_refine
+from lightning_obc.solvers import Order, Refine, check_order, parse_refine
 from lightning_obc.specs import IntGrid, parse_grid
 
 
@@ -28,6 +30,7 @@ def quantize(
     mask: Tensor | None = None,
     channels: int | None = None,
     damping: float | str = 0.01,
+    order: Order = "auto",
     refine: bool | Refine = False,
     backend: str = "auto",
     memory_budget: int | None = None,
@@ -41,6 +44,9 @@ def quantize(
         mask: Same shape as ``weight``, bool, True = kept. The rest is eliminated first and stays exactly ``+0.0``.
         channels: Input channels per kernel position; default ``d``. Grid groups never straddle a kernel position.
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
+        order: Which weight of a row goes next. ``"greedy"``, the cheapest (the paper); ``"activation"``, the column of
+            largest ``diag H``, or ``"ascending"``, in both of which all rows share one order (GPTQ); ``"auto"``, all
+            three, and every row keeps the result of least damped loss, which is never above that of ``"greedy"``.
         refine: Coordinate descent on codes and scales afterwards. With the two-half statistic each row is refined only
             as far as the other half agrees.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
@@ -50,16 +56,18 @@ def quantize(
         A solution with ``codes``, ``scale`` and ``zero_point`` (``[g, R, C]``); ``weight`` is their dequantization.
 
     Raises:
+        SpecError: An unknown order.
         PatternError: The grid's group size does not divide ``channels``.
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
     """
     spec = parse_grid(grid)
+    check_order(order)
     backend = obs_sweep.resolve_backend(backend, weight.device.type)
     channels = check_channels(weight.shape[-1], channels)
     check_mask(mask, weight)
 
     def choose(problem: Problem, keep: Tensor | None) -> GreedyCodes:
-        return choose_codes(problem, spec, keep, channels, backend, memory_budget)
+        return choose_codes(problem, spec, keep, channels, backend, memory_budget, order)
 
     def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
         keep = rows_of_mask(mask, weight, rows)
@@ -101,29 +109,44 @@ def choose_codes(
     channels: int,
     backend: str,
     memory_budget: int | None = None,
+    order: Order = "auto",
 ) -> GreedyCodes:
     """Codes by OBS steps, on a problem that is prepared and checked already; ``backend`` is resolved."""
     start = _on_mask(problem, keep, memory_budget)
     grid = fit_grid(start, spec, channels=channels, hessian=problem.damped)
-    columns = start.shape[-1]
-
-    def kernel(problem: Problem) -> obs_sweep.SweepOutput:
-        dtype = problem.weight.dtype
-        swept = problem.sweep_input(keep, start)
-        scale, zero = (grid.expand(part, columns).to(dtype).contiguous() for part in (grid.scale, grid.zero_point))
-        table = obs_sweep.GridInput(scale, zero, grid.max_code)
-        return obs_sweep.sweep_quantize(swept, table, backend=backend, memory_budget=memory_budget)
-
+    candidates: list[Tensor] = []
     if linalg.is_diagonal(problem.damped):
         # No weight can make up for another: every order ends at the nearest points, which zeros are already.
-        codes = grid.encode(start)
-    else:
-        problem, output = run_with_retries(problem, kernel)
-        assert output.codes is not None
-        codes = output.codes
-    if spec.scale == "hessian":
-        grid = refit_scale(grid, codes, problem.original_batched(), problem.damped)
-    return GreedyCodes(problem, grid, codes)
+        candidates, order = [grid.encode(start)], "greedy"
+    elif order in ("greedy", "auto"):
+        problem, codes = _greedy_codes(problem, start, grid, keep, backend, memory_budget)
+        candidates.append(codes)
+    for fixed in ("activation", "ascending"):
+        if order == fixed or (order == "auto" and start.shape[-1] > 1):
+            try:
+                candidates.append(column_order_codes(problem, grid, keep, act_order=fixed == "activation"))
+            except NotPositiveDefiniteError:
+                if not candidates:
+                    raise
+    fitted, ranked = ranked_by_row(problem, grid, candidates)
+    return GreedyCodes(problem, fitted, ranked[0], tuple(ranked[1:2]))
+
+
+def _greedy_codes(
+    problem: Problem, start: Tensor, grid: Grid, keep: Tensor | None, backend: str, memory_budget: int | None
+) -> tuple[Problem, Tensor]:
+    """The problem that was finally solved, and codes of the greedy order from ``start [g, R, d]``."""
+
+    def kernel(problem: Problem) -> obs_sweep.SweepOutput:
+        dtype, columns = problem.weight.dtype, start.shape[-1]
+        scale, zero = (grid.expand(part, columns).to(dtype).contiguous() for part in (grid.scale, grid.zero_point))
+        table = obs_sweep.GridInput(scale, zero, grid.max_code)
+        swept = problem.sweep_input(keep, start)
+        return obs_sweep.sweep_quantize(swept, table, backend=backend, memory_budget=memory_budget)
+
+    problem, output = run_with_retries(problem, kernel)
+    assert output.codes is not None
+    return problem, output.codes
 
 
 def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -> Tensor:

@@ -125,7 +125,7 @@ def test_sweep_losses_of_codes_add_up(case: Case, bits: int) -> None:
         *(grid.expand(part, columns).contiguous() for part in (grid.scale, grid.zero_point)), grid.max_code
     )
     output = obs_sweep.sweep_quantize(problem.sweep_input(), table, backend=case.backend)
-    solution = obs.quantize(case.weight, case.hessian, spec, damping=case.damping, backend=case.backend)
+    solution = solve(case, spec, order="greedy")
     expected = solution.loss + solution.damping_loss
     assert float(output.losses.double().sum()) == pytest.approx(expected, rel=1e-4, abs=1e-5 * scale_of(case))
 

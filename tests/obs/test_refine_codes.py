@@ -11,8 +11,10 @@ from torch import Tensor
 from lightning_obc import baselines, obs
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
-from lightning_obc.obs.refine.codes import CodesState, activation_order, better_of, descend
-from lightning_obc.obs.refine.judge import Deadline, row_losses
+from lightning_obc.obs.orders import column_order_codes
+from lightning_obc.obs.problem import row_losses
+from lightning_obc.obs.refine.codes import CodesState, better_of, descend
+from lightning_obc.obs.refine.judge import Deadline
 from lightning_obc.solvers import Refine
 from lightning_obc.specs import IntGrid
 
@@ -122,7 +124,7 @@ def test_each_row_has_the_better_of_two_starts(spec: IntGrid) -> None:
     grid, codes = start(weight, spec)
     one = CodesState(3, grid, codes)
     layer = obs.prepare(weight, hessian, 0.0)
-    two = CodesState(9, grid, activation_order(layer, grid, None))
+    two = CodesState(9, grid, column_order_codes(layer, grid, None, act_order=True))
     everywhere = torch.ones(2, 6, dtype=torch.bool)
     best = better_of(one, two, weight, hessian, everywhere)
     losses = [row_losses(state.weight - weight, hessian) for state in (one, two, best)]
@@ -141,7 +143,7 @@ def test_the_second_start_is_gptq_in_activation_order() -> None:
     layer = obs.prepare(weight * keep, hessian, 0.02)
     grid = fit_grid(weight * keep, IntGrid(3))
     assert expected.codes is not None
-    assert torch.equal(activation_order(layer, grid, keep), expected.codes)
+    assert torch.equal(column_order_codes(layer, grid, keep, act_order=True), expected.codes)
 
 
 def test_the_second_start_helps_where_few_columns_matter() -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 from lightning_obc import obs
 from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
+from lightning_obc.obs.problem import row_losses
 from lightning_obc.obs.refine import GreedyMask, refine_mask
-from lightning_obc.obs.refine.judge import Deadline, expected_change, judge, row_losses
+from lightning_obc.obs.refine.judge import Deadline, expected_change, judge
 from lightning_obc.solvers import Refine
 from lightning_obc.specs import NM, Block, IntGrid, Pattern, Structured, Unstructured
 

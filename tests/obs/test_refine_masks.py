@@ -10,8 +10,9 @@ from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.kernels.masked_refit import masked_refit
+from lightning_obc.obs.problem import row_losses
 from lightning_obc.obs.refine import masks
-from lightning_obc.obs.refine.judge import Deadline, row_losses
+from lightning_obc.obs.refine.judge import Deadline
 from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap
 from lightning_obc.obs.refine.tableau import SwapState, pivot_block, tableau
 

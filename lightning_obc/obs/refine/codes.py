@@ -16,12 +16,10 @@ from torch import Tensor
 
 from lightning_obc.grid_fitting import refit_scale
 from lightning_obc.grids import Grid
-from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
-from lightning_obc.obs.problem import Problem
-from lightning_obc.obs.refine.judge import Deadline, row_losses
+from lightning_obc.obs.problem import row_losses
+from lightning_obc.obs.refine.judge import Deadline
 
 BLOCK = 64
-LAZY = 128
 
 
 @dataclass(frozen=True)
@@ -78,15 +76,6 @@ def descend(
             return
         grid, codes = refitted, moved
         yield CodesState(sweep, grid, codes)
-
-
-def activation_order(problem: Problem, grid: Grid, keep: Tensor | None) -> Tensor:
-    """Codes ``[g, R, d]`` by elimination of the columns in descending order of ``diag H``, the same for all rows."""
-    columns = problem.weight.shape[-1]
-    order = column_order(problem, [(column, column + 1) for column in range(columns)], act_order=True)
-    rule = GridRule(grid, order, keep)
-    codes = grid.encode(eliminate(upper_factor(problem, order), problem.weight, order, rule, LAZY))
-    return codes if keep is None else torch.where(keep, codes, grid.expand(grid.zero_point, columns).to(torch.uint8))
 
 
 def better_of(one: CodesState, two: CodesState, dense: Tensor, hessian: Tensor, allowed: Tensor) -> CodesState:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.hessian import Hessian
+from lightning_obc.obs.problem import row_losses
 
 Path = Iterable[tuple[int, Tensor]]
 
@@ -139,8 +140,3 @@ def _relative(losses: Tensor) -> Tensor:
 def _at(score: dict[int, Tensor], depth: int) -> Tensor:
     """The score at a depth, or at the deepest state before it."""
     return score[max(known for known in score if known <= depth)]
-
-
-def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:
-    """``½ δ_r H δ_rᵀ`` of every row: ``[g, R]`` of ``[g, R, d]`` and ``[g, d, d]``, float64."""
-    return ((delta @ hessian) * delta).sum(-1) / 2

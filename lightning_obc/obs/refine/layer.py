@@ -14,9 +14,10 @@ from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
 from lightning_obc.kernels.masked_refit import masked_refit
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.refine.codes import CodesState, activation_order, better_of, descend
-from lightning_obc.obs.refine.judge import Deadline, Judgement, judge, row_losses
+from lightning_obc.obs.orders import column_order_codes
+from lightning_obc.obs.problem import HessianLike, Problem, prepare, row_losses
+from lightning_obc.obs.refine.codes import CodesState, better_of, descend
+from lightning_obc.obs.refine.judge import Deadline, Judgement, judge
 from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap
 from lightning_obc.obs.solution import LayerSolution, Refinement
 from lightning_obc.obs.sweep import solve_mask
@@ -43,11 +44,16 @@ class GreedyMask:
 
 @dataclass(frozen=True)
 class GreedyCodes:
-    """Codes ``[g, R, d]`` of a greedy solver, their grid, and the problem it finally solved."""
+    """Codes ``[g, R, d]`` of a greedy solver, their grid, and the problem it finally solved.
+
+    Attributes:
+        others: Other codes to start from: those of every row's second best order, where several were tried.
+    """
 
     problem: Problem
     grid: Grid
     codes: Tensor
+    others: tuple[Tensor, ...] = ()
 
     def solution(self, keep: Tensor | None, backend: str) -> LayerSolution:
         """The solution of these codes; ``keep [g, R, d]`` is its mask, None when nothing is masked."""
@@ -134,7 +140,7 @@ def refine_codes(
     coupled = greedy.grid.spec.granularity == "tensor"
 
     def search(start: GreedyCodes, limit: Deadline, depth: Tensor | None = None) -> Iterator[CodesState]:
-        return _from_two_starts(start, spec, keep, limit, depth)
+        return _from_all_starts(start, spec, keep, limit, depth)
 
     def path(half: Tensor, limit: Deadline) -> Iterator[tuple[int, Tensor]]:
         start = choose(prepare(greedy.problem.original, half, greedy.problem.damping))
@@ -153,10 +159,10 @@ def refine_codes(
     return _recorded(refined, better, gain, verdict, deadline)
 
 
-def _from_two_starts(
+def _from_all_starts(
     start: GreedyCodes, spec: Refine, keep: Tensor | None, limit: Deadline, depth: Tensor | None
 ) -> Iterator[CodesState]:
-    """The path from the greedy codes; at depth ``sweeps + 1`` each row has the better of that and the second start."""
+    """The path from the greedy codes; at depth ``sweeps + 1`` each row has the best of that and the other starts."""
     problem = start.problem
     dense = problem.original_batched()
 
@@ -174,8 +180,12 @@ def _from_two_starts(
     )
     if not spec.restart or limit.passed() or not bool(allowed.any()):
         return
-    other = _last(run(activation_order(problem, start.grid, keep), None))
-    yield better_of(replace(last, depth=spec.sweeps), other, dense, problem.damped, allowed)
+    others = start.others or (column_order_codes(problem, start.grid, keep, act_order=True),)
+    for codes in others:
+        if not limit.passed():
+            other = _last(run(codes, None))
+            last = better_of(replace(last, depth=spec.sweeps), other, dense, problem.damped, allowed)
+    yield last
 
 
 def _judged(
