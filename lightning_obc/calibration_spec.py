@@ -49,6 +49,9 @@ class Calibration:
             is known better from few samples, instead of each for its own. Losses are measured with their own.
         bias: Whenever layers have been compressed, shift their biases so that the means of their outputs are again
             those of the model before the stage; layers behind them are calibrated on what comes of it.
+        positions: Use at most so many positions (of a feature map, or tokens) of every sample in one call of a layer,
+            drawn at random, seeded by ``seed``. The products of large feature maps then cost less, and the Hessians
+            and losses are unbiased estimates, and marked so. ``None`` uses all. Only for ``"independent"``.
     """
 
     samples: int = 1024
@@ -63,6 +66,7 @@ class Calibration:
     cache: Union[int, str, None] = None
     pooled: bool = False
     bias: bool = False
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "rounds"):
@@ -76,6 +80,7 @@ class Calibration:
             if value not in allowed:
                 raise SpecError(f"Calibration.{name} is unknown", got=repr(value), expected=f"one of {allowed}")
         self._check_mixing()
+        self._check_positions()
         parse_bytes(self.memory)
         parse_bytes(self.device_memory, "device_memory")
         parse_bytes(self.cache, "cache")
@@ -99,6 +104,18 @@ class Calibration:
                 "Calibration.mixing says how far the asymmetric mode goes",
                 got=f"mixing={self.mixing} with mode={self.mode!r}",
                 expected='mode="asymmetric"',
+            )
+
+    def _check_positions(self) -> None:
+        if self.positions is None:
+            return
+        _check_count("positions", self.positions)
+        if self.paired:
+            raise SpecError(
+                "Calibration.positions is for one pass over the model as it was",
+                got=f"positions={self.positions} with mode={self.mode!r}",
+                expected='mode="independent"',
+                remedy="draw fewer samples instead",
             )
 
     @property

@@ -31,6 +31,10 @@ QUANTIZERS: dict[str, Callable[..., LayerSolution]] = {
 
 def solve_layer(stage: Stage, weight: Tensor, hessian: Hessian, channels: int, pooled: bool = False) -> LayerSolution:
     """Run the engine on one layer, ``weight [g, R, d]``; ``pooled``: all its groups for their mean Hessian."""
+    return _solve_problem(stage, weight, hessian, channels, pooled).marked(hessian)
+
+
+def _solve_problem(stage: Stage, weight: Tensor, hessian: Hessian, channels: int, pooled: bool) -> LayerSolution:
     if pooled and hessian.groups > 1:
         return measured_with(hessian, _solve(stage, weight, hessian.pooled(), channels), weight)
     if not isinstance(hessian, Hessian) or hessian.rows is None:

@@ -60,7 +60,7 @@ class QuantizeOverride:
     """What a :class:`Quantize` stage does differently in some layers; None leaves the stage's own setting.
 
     Args:
-        grid, damping, misfit, backend, after, solver, refine, activations: As for :class:`Quantize`.
+        grid, damping, misfit, backend, after, solver, refine, activations, order: As for :class:`Quantize`.
     """
 
     grid: Union[int, IntGrid, None] = None
@@ -70,6 +70,7 @@ class QuantizeOverride:
     after: Optional[Literal["freeze", "train"]] = None
     solver: Optional[QuantizeSolver] = None
     refine: Union[bool, Refine, None] = None
+    order: Optional[Order] = None
     activations: Union[int, ActivationGrid, None] = None
 
 

@@ -35,9 +35,9 @@ def test_stages_that_cannot_be_meant(stage: Any, options: dict[str, Any], messag
 
 
 def test_stages_accept_their_solvers() -> None:
-    for solver in ("obs", "sparsegpt", "adaprune", "magnitude"):
+    for solver in ("obs", "sparsegpt", "sparsegpt-act", "adaprune", "magnitude"):
         Prune("2:4", solver=solver)
-    for solver in ("obs", "gptq", "rtn"):
+    for solver in ("obs", "gptq", "gptq-act", "rtn"):
         Quantize(4, solver=solver)
     assert Prune("2:4", refine=True).refine is True
     assert Quantize(4, refine=Refine(sweeps=3)).refine == Refine(sweeps=3)
@@ -46,10 +46,13 @@ def test_stages_accept_their_solvers() -> None:
 CASES = [
     (Prune(0.5, solver="magnitude"), lambda w, h: baselines.magnitude(w, h, 0.5)),
     (Prune(0.5, solver="sparsegpt"), lambda w, h: baselines.sparsegpt(w, h, 0.5)),
+    (Prune(0.5, solver="sparsegpt-act"), lambda w, h: baselines.sparsegpt(w, h, 0.5, act_order=True)),
     (Prune("2:4", solver="adaprune"), lambda w, h: baselines.adaprune(w, h, "2:4")),
     (Prune("2:4", refine=True), lambda w, h: obs.prune(w, h, "2:4", refine=True)),
     (Quantize(3, solver="rtn"), lambda w, h: baselines.round_to_nearest(w, h, 3)),
     (Quantize(3, solver="gptq"), lambda w, h: baselines.gptq(w, h, 3)),
+    (Quantize(3, solver="gptq-act"), lambda w, h: baselines.gptq(w, h, 3, act_order=True)),
+    (Quantize(3, order="greedy"), lambda w, h: obs.quantize(w, h, 3, order="greedy")),
     (Quantize(3, refine=True), lambda w, h: obs.quantize(w, h, 3, refine=True)),
 ]
 

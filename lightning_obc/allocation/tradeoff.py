@@ -225,7 +225,8 @@ def _database(
     path = Path(directory) if directory is not None else Path(tempfile.mkdtemp(prefix="lightning-obc-"))
 
     def collect(modules: Mapping[str, nn.Module]) -> Mapping[str, Hessian]:
-        return collect_hessians(model, modules, source, forward=forward, rounds=spec.rounds)
+        drawing: dict[str, Any] = {"positions": spec.positions, "seed": spec.seed}
+        return collect_hessians(model, modules, source, forward=forward, rounds=spec.rounds, **drawing)
 
     try:
         database = build_database(

@@ -36,6 +36,8 @@ def collect_hessians(
     on_host: Collection[str] = (),
     ranks: Ranks | None = None,
     owners: Mapping[str, int] | None = None,
+    positions: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
 
@@ -61,6 +63,9 @@ def collect_hessians(
         on_host: Names of the layers whose sums live in host memory, and are brought to the device for every update.
         ranks: Processes that share the batches; all of them call this function with the same arguments.
         owners: The rank that gets the statistic of a layer, by its name; None gives all statistics to all ranks.
+        positions: Positions (of a feature map, or tokens) of every sample that are used in one call of a layer, at
+            most, drawn at random; the statistic is then an unbiased estimate. None uses all.
+        seed: Seed of these draws.
 
     Returns:
         One statistic per layer that this rank owns, on the device of the layer's weight, or in host memory. ``samples``
@@ -73,9 +78,10 @@ def collect_hessians(
         NonFiniteError: NaN or Inf in the input of a layer.
     """
     run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
+    drawing: dict[str, Any] = {"positions": positions, "seed": seed}
     gathering = Gathering(
         {
-            name: HessianAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
+            name: HessianAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host, **drawing)
             for name, module in layers.items()
         },
         ranks,

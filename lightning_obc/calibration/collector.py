@@ -50,6 +50,7 @@ class Collector:
     def __call__(self, layers: Mapping[str, nn.Module], owners: Mapping[str, int] | None = None) -> dict[str, Hessian]:
         """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
         options = self._options | {"on_host": self._on_host(layers), "owners": owners}
+        options |= {"positions": self.spec.positions, "seed": self.spec.seed}
         return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **options))
 
     def paired(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_obc.errors import NonFiniteError, ShapeError, UnsupportedLayerError
 from lightning_obc.hessian import Hessian, PairedHessian
-from lightning_obc.kernels.hessian_update import symmetrise_
+from lightning_obc.kernels.hessian_update import PositionSample, sampled_positions, symmetrise_
 from lightning_obc.layers import LayerAdapter, adapter_for, reason_unsupported
 
 
@@ -26,6 +27,8 @@ class HessianAccumulator:
         device: Where the sums live; None means the device of the layer's weight.
         on_host: The sums live in host memory, and are brought to the inputs' device for every update.
         lookup: Also count how often each row is looked up, because an embedding shares the weight.
+        positions: Positions of every sample that are used in one call, at most, drawn at random; None uses all.
+        seed: Seed of these draws; every layer has its own by its name.
 
     Raises:
         UnsupportedLayerError: No adapter handles the module.
@@ -39,6 +42,8 @@ class HessianAccumulator:
         device: torch.device | str | None = None,
         lookup: bool = False,
         on_host: bool = False,
+        positions: int | None = None,
+        seed: int = 0,
     ) -> None:
         adapter = adapter_for(module)
         if adapter is None:
@@ -53,6 +58,8 @@ class HessianAccumulator:
             self.sums = self._zeros(size, torch.device(device or adapter.current(module).device), on_host)
             self.rows = self.sums.new_zeros(2, self.shape.groups, self.shape.rows) if lookup or adapter.lookup else None
         self._on_host = on_host
+        self._sample = None if positions is None else PositionSample(positions, seed ^ zlib.crc32(name.encode()))
+        self._estimate = False
         self.samples = [0, 0]
         self.batch_index = -1
         self._batch_size, self._start = 0, 0
@@ -110,13 +117,13 @@ class HessianAccumulator:
             for parity in (0, 1):
                 part = by_sample[self._offset(parity) :: 2]
                 if part.shape[0]:
-                    self._add_(adapter, module, parity, part.flatten(0, 1))
+                    self._add_(adapter, module, parity, part.flatten(0, 1), part.shape[0])
         else:
-            self._add_(adapter, module, self.batch_index % 2, x)
+            self._add_(adapter, module, self.batch_index % 2, x, size)
 
-    def _add_(self, adapter: LayerAdapter, module: nn.Module, half: int, x: Tensor) -> None:
+    def _add_(self, adapter: LayerAdapter, module: nn.Module, half: int, x: Tensor, samples: int) -> None:
         if not adapter.lookup:
-            with self._on_device(self.sums[half], x) as sums:
+            with self._on_device(self.sums[half], x) as sums, sampled_positions(self._sample, samples):
                 adapter.accumulate_(module, sums, x)
         elif self.rows is not None:
             with self._on_device(self.rows[half], x) as rows:
@@ -147,6 +154,11 @@ class HessianAccumulator:
                 remedy="exclude the layer",
             )
         return adapter
+
+    @property
+    def estimate(self) -> bool:
+        """True once positions were left out."""
+        return self._estimate or (self._sample is not None and self._sample.dropped)
 
     def finite(self) -> Tensor:
         """Scalar bool tensor: no NaN or Inf has come in. Costs one look at the diagonal, and no synchronisation."""
@@ -179,6 +191,7 @@ class HessianAccumulator:
         self.sums.add_(other.sums.to(self.sums.device))
         if self.rows is not None and other.rows is not None:
             self.rows.add_(other.rows.to(self.rows.device))
+        self._estimate = self.estimate or other.estimate
         self.samples = [mine + theirs for mine, theirs in zip(self.samples, other.samples, strict=True)]
 
     def finalise(self) -> Hessian:
@@ -190,7 +203,7 @@ class HessianAccumulator:
         self.raise_if_not_finite()
         with torch.inference_mode(False):
             rows = None if self.rows is None else self.rows.clone()
-            return Hessian(symmetrise_(self.sums.clone()), self._counts, rows=rows)
+            return Hessian(symmetrise_(self.sums.clone()), self._counts, self.estimate, rows)
 
     def release(self) -> Hessian:
         """The statistic without a copy of the sums; the accumulator must not be used afterwards.
@@ -200,7 +213,7 @@ class HessianAccumulator:
         """
         self.raise_if_not_finite()
         with torch.inference_mode(False):
-            return Hessian(symmetrise_(self.sums), self._counts, rows=self.rows)
+            return Hessian(symmetrise_(self.sums), self._counts, self.estimate, self.rows)
 
     @property
     def _counts(self) -> tuple[int, int]:

@@ -83,7 +83,7 @@ def prune(
 
     share, held_out = resolve_damping(weight, hessian, damping, solve)
     greedy = choose(prepare(weight, full_hessian(hessian), share))
-    solution = greedy.solution(memory_budget).with_held_out(held_out)
+    solution = greedy.solution(memory_budget).with_held_out(held_out).marked(hessian)
     if refinement is None:
         return solution
     groups = nm_groups(weight.shape[-1], channels, pattern, weight.device) if isinstance(pattern, NM) else None

@@ -76,7 +76,7 @@ def quantize(
     share, held_out = resolve_damping(weight, hessian, damping, solve)
     keep = rows_of_mask(mask, weight, weight)
     greedy = choose(prepare(weight, full_hessian(hessian), share), keep)
-    solution = greedy.solution(keep, backend).with_held_out(held_out)
+    solution = greedy.solution(keep, backend).with_held_out(held_out).marked(hessian)
     refinement = parse_refine(refine)
     if refinement is None:
         return solution

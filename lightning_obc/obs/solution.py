@@ -19,6 +19,7 @@ class Status:
         dead: Number of columns whose calibration inputs are exactly zero.
         held_out: Relative error on the samples that did not take part, where ``damping="auto"`` measured it.
         notes: Everything out of the ordinary, in order: retries, raised damping, pattern padding.
+        estimate: True when the Hessian, and with it every loss, is an estimate from a random part of the positions.
     """
 
     backend: str = ""
@@ -26,6 +27,7 @@ class Status:
     dead: int = 0
     held_out: float | None = None
     notes: tuple[str, ...] = ()
+    estimate: bool = False
 
     @property
     def ok(self) -> bool:
@@ -34,7 +36,8 @@ class Status:
 
     def __str__(self) -> str:
         dead = (f"{self.dead} dead columns (inputs always 0)",) if self.dead else ()
-        return "; ".join((*self.notes, *dead)) or "ok"
+        sampled = ("errors estimated from sampled positions",) if self.estimate else ()
+        return "; ".join((*self.notes, *dead, *sampled)) or "ok"
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,12 @@ class LayerSolution:
     @property
     def sparsity(self) -> float:
         return 1.0 - self.mask.double().mean().item()
+
+    def marked(self, hessian: object) -> LayerSolution:
+        """The same solution, marked as an estimate when it was solved for a statistic that is one."""
+        if not getattr(hessian, "estimate", False):
+            return self
+        return replace(self, status=replace(self.status, estimate=True))
 
     def with_held_out(self, held_out: float | None) -> LayerSolution:
         """The same solution with a held-out relative error on record."""

@@ -12,9 +12,11 @@ from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import accumulate_linear_, symmetrise_
 from lightning_obc.kernels.hessian_update.naive import naive_conv, naive_linear
 from lightning_obc.kernels.hessian_update.precision import exact_products, ieee_float32
+from lightning_obc.kernels.hessian_update.sampling import PositionSample, sampled_positions
 
 __all__ = [
     "ConvGeometry",
+    "PositionSample",
     "accumulate_conv_",
     "accumulate_cross_conv_",
     "accumulate_cross_linear_",
@@ -23,5 +25,6 @@ __all__ = [
     "ieee_float32",
     "naive_conv",
     "naive_linear",
+    "sampled_positions",
     "symmetrise_",
 ]

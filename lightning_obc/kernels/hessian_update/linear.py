@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_obc.errors import ShapeError
 from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
+from lightning_obc.kernels.hessian_update.sampling import drawn_positions
 
 # Positions in one float32 product. Its rounding error grows with the number of positions, float64's does not.
 CHUNK = 1024
@@ -38,9 +39,15 @@ def accumulate_linear_(out: Tensor, x: Tensor) -> None:
             got=tuple(x.shape),
             expected=f"[N, {out.shape[0]}, {out.shape[1]}]",
         )
+    drawn = drawn_positions(len(x))
     with exact_products(x.device.type):
-        for chunk in x.split(CHUNK):
-            add_products_(out, as_accumulable(chunk))
+        if drawn is None:
+            for chunk in x.split(CHUNK):
+                add_products_(out, as_accumulable(chunk))
+        else:
+            index, scale = drawn
+            for chosen in index.to(x.device).split(CHUNK):
+                add_products_(out, as_accumulable(x[chosen]) * scale)
 
 
 def check_accumulator(out: Tensor) -> None:
