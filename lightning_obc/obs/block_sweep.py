@@ -13,7 +13,7 @@ from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
 from lightning_obc.obs.solution import LayerSolution
-from lightning_obc.obs.sweep import existing_zeros, solve_mask
+from lightning_obc.obs.sweep import existing_zeros, in_units, solve_mask
 from lightning_obc.specs import Block, Selection
 
 
@@ -79,7 +79,7 @@ def sweep_blocks(
         size: Columns of a block.
         channels: Input channels per kernel position; default ``d``. The last block of a position may be short.
         damping: Share of ``mean(diag H)`` added to the diagonal.
-        backend: ``"auto"`` or ``"naive"``; there is one fast implementation.
+        backend: As of :func:`lightning_obc.obs.sweep`; ``"triton"`` leaves blocks to torch.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -96,17 +96,19 @@ def sweep_blocks_prepared(
 ) -> BlockSweep:
     """:func:`sweep_blocks` of a problem that is prepared already; ``backend`` is resolved."""
     members = block_members(problem.weight.shape[-1], channels, size, problem.weight.device)
-    keep = existing_zeros(problem)
+    keep, blocks = existing_zeros(problem), obs_sweep.ColumnBlocks(members)
+    name = obs_sweep.block_backend(backend, problem.weight.device.type, size)
 
     def kernel(problem: Problem) -> obs_sweep.SweepOutput:
-        swept = obs_sweep.SweepInput(problem.weight, problem.inverse, problem.damped, keep)
-        blocks = obs_sweep.ColumnBlocks(members)
-        return obs_sweep.sweep_blocks(swept, blocks, naive=backend == "naive", memory_budget=memory_budget)
+        swept = problem.sweep_input(keep)
+        return obs_sweep.sweep_blocks(swept, blocks, backend=name, memory_budget=memory_budget)
 
-    problem, output = run_with_retries(problem.with_dtype(torch.float64), kernel)
+    if name != "numba":  # the others never restart a row
+        problem = problem.with_dtype(torch.float64)
+    problem, output = run_with_retries(problem, kernel)
     alive = torch.ones_like(problem.weight, dtype=torch.bool) if keep is None else keep
-    name = "naive" if backend == "naive" else "torch"
-    return BlockSweep(output.order, output.losses, members, alive, problem, name, memory_budget)
+    losses = in_units(output.losses, problem.units())
+    return BlockSweep(output.order, losses, members, alive, problem, name, memory_budget)
 
 
 def block_members(columns: int, channels: int, size: int, device: torch.device) -> Tensor:

@@ -113,7 +113,7 @@ def sweep_prepared(problem: Problem, backend: str, memory_budget: int | None = N
     fixed = torch.zeros_like(output.count, dtype=torch.int64) if keep is None else (~keep).sum(-1)
     return Sweep(
         order=problem.shaped(output.order),
-        losses=problem.shaped(_in_units(output.losses, problem.units())),
+        losses=problem.shaped(in_units(output.losses, problem.units())),
         problem=problem,
         fixed=fixed,
         backend=backend,
@@ -121,7 +121,7 @@ def sweep_prepared(problem: Problem, backend: str, memory_budget: int | None = N
     )
 
 
-def _in_units(losses: Tensor, units: Tensor | None) -> Tensor:
+def in_units(losses: Tensor, units: Tensor | None) -> Tensor:
     # What needs a unit of its own may not fit into float32 in any other.
     return losses if units is None else losses.double() * units[:, None, None]
 

@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep import (
+    ColumnBlocks,
     GridInput,
     NMGroups,
     SweepInput,
     SweepOutput,
+    sweep_blocks,
     sweep_prune,
     sweep_quantize,
 )
 from lightning_obc.linalg import safe_inverse
+from lightning_obc.obs.block_sweep import block_members
 
 
 def make_problem(
@@ -75,13 +78,21 @@ class Mode:
     bits: int = 0
     symmetric: bool = False
     pattern: tuple[int, int] | None = None
+    block: int = 0
 
     def run(self, problem: SweepInput, backend: str, memory_budget: int | None = None) -> SweepOutput:
         if self.bits:
             grid = make_grid(problem.weight, self.bits, self.symmetric)
             return sweep_quantize(problem, grid, backend=backend, memory_budget=memory_budget)
+        if self.block:
+            return sweep_blocks(problem, self.blocks(problem), backend=backend, memory_budget=memory_budget)
         groups = make_groups(problem.weight.shape[2], *self.pattern) if self.pattern else None
         return sweep_prune(problem, groups=groups, backend=backend, memory_budget=memory_budget)
+
+    def blocks(self, problem: SweepInput) -> ColumnBlocks:
+        """Consecutive columns; the last block is short where they do not divide."""
+        columns = problem.weight.shape[2]
+        return ColumnBlocks(block_members(columns, columns, self.block, problem.weight.device))
 
 
 MODES = [
@@ -93,6 +104,8 @@ MODES = [
     Mode("int4 symmetric", bits=4, symmetric=True),
     Mode("int8 asymmetric", bits=8),
 ]
+# Every backend but triton, which leaves blocks to torch.
+BLOCKS = [Mode("block 4", block=4), Mode("block 9", block=9)]
 
 
 def direct_loss(problem: SweepInput, out: SweepOutput, mode: Mode) -> Tensor:
@@ -106,6 +119,9 @@ def direct_loss(problem: SweepInput, out: SweepOutput, mode: Mode) -> Tensor:
         step = torch.zeros_like(weight)
         for g, r in torch.cartesian_prod(torch.arange(weight.shape[0]), torch.arange(weight.shape[1])).tolist():
             gone = out.order[g, r, : int(out.count[g, r])].long()
+            if mode.block:
+                gone = mode.blocks(problem).members[gone]
+                gone = gone[gone >= 0]
             inverse = torch.linalg.inv(hessian[g])
             move = torch.linalg.solve(inverse[gone][:, gone], weight[g, r, gone])
             step[g, r] = inverse[:, gone] @ move

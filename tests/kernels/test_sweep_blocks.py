@@ -47,7 +47,7 @@ def test_panels_agree_with_the_oracle(
 ) -> None:
     problem = make(groups, rows, channels * positions, zeros=zeros)
     blocks = ColumnBlocks(block_members(channels * positions, channels, size, torch.device("cpu")))
-    fast, slow = sweep_blocks(problem, blocks), sweep_blocks(problem, blocks, naive=True)
+    fast, slow = sweep_blocks(problem, blocks, backend="torch"), sweep_blocks(problem, blocks, backend="naive")
     assert torch.equal(fast.order, slow.order)
     torch.testing.assert_close(fast.losses, slow.losses, rtol=1e-8, atol=1e-10)
     assert not fast.any_broken

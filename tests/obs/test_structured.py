@@ -51,6 +51,42 @@ def test_every_step_takes_the_cheapest_channel(groups: int, channels: int, posit
     assert total == pytest.approx(quadratic(weight, hessian), rel=1e-8)
 
 
+def reinverting_order(weight: torch.Tensor, hessian: torch.Tensor, channels: int) -> tuple[list[int], list[float]]:
+    """Greedy channels of one problem, with the inverse of what is left computed anew at every step."""
+    alive, order, losses = torch.ones(len(hessian), dtype=torch.bool), [], []
+    members = torch.arange(len(hessian)).reshape(-1, channels).T
+    current = weight.double().clone()
+    while len(order) < channels:
+        left = alive.nonzero().flatten()
+        inverse = torch.zeros_like(hessian)
+        inverse[left[:, None], left] = torch.linalg.inv(hessian[left][:, left])
+        steps = {
+            c: torch.linalg.solve(inverse[members[c]][:, members[c]], current[:, members[c]].T)
+            for c in range(channels)
+            if c not in order
+        }
+        costs = {c: float((step * current[:, members[c]].T).sum()) / 2 for c, step in steps.items()}
+        best = min(costs, key=costs.__getitem__)
+        current -= (inverse[:, members[best]] @ steps[best]).T
+        alive[members[best]] = False
+        order.append(best)
+        losses.append(costs[best])
+    return order, losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rows", "channels", "positions"), [(1, 1, 1), (5, 63, 1), (2, 65, 2), (3, 21, 9)])
+def test_ragged_shapes_agree_with_inverses_computed_anew(
+    rows: int, channels: int, positions: int, dtype: torch.dtype
+) -> None:
+    weight, hessian = random_problem(1, rows, channels * positions, seed=4)
+    problem = prepare(weight.to(dtype), hessian, 1e-2)
+    order, losses = structured_order(problem, channels, channels)
+    expected, costs = reinverting_order(problem.weight[0], problem.damped[0], channels)
+    assert order[:, 1].tolist() == expected
+    assert losses.tolist() == pytest.approx(costs, rel=1e-7)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_structured_solution(dtype: torch.dtype) -> None:
     weight, hessian = random_problem(1, 6, 24)

@@ -1,4 +1,4 @@
-"""The OBS sweep: every backend behind two functions; blocks of columns in torch alone.
+"""The OBS sweep: every backend behind two functions, and a third for blocks of columns that leave together.
 
 ``naive`` is the oracle (float64, one weight at a time), ``torch`` runs panels in batched torch on any device,
 ``numba`` is the CPU default. Backends are imported when first used.
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from lightning_obc.kernels.obs_sweep.blocks import ColumnBlocks, sweep_blocks
+from lightning_obc.kernels.obs_sweep.blocks import ColumnBlocks, block_backend, sweep_blocks
 from lightning_obc.kernels.obs_sweep.dispatch import resolve_backend, sweep_prune, sweep_quantize
 from lightning_obc.kernels.obs_sweep.types import GridInput, NMGroups, SweepInput, SweepOutput
 
@@ -16,6 +16,7 @@ __all__ = [
     "NMGroups",
     "SweepInput",
     "SweepOutput",
+    "block_backend",
     "resolve_backend",
     "sweep_blocks",
     "sweep_prune",

@@ -1,8 +1,9 @@
 """The sweep over blocks of columns that leave together (paper, section 4, "block-sparsity").
 
-Removing block ``B`` of a row costs ``½ w_Bᵀ (G_BB)⁻¹ w_B = ½ |z|²`` with ``z = L⁻¹ w_B`` and ``G_BB = L Lᵀ``; with the
-columns ``V = G[:, B] L⁻ᵀ`` the others move by ``-V z`` and ``G -= V Vᵀ``. Everything runs in float64, so no refresh in
-mid-sweep is needed. The diagonal blocks of ``G`` are kept current, its rest once a panel.
+Removing block ``B`` of a row costs ``½ w_Bᵀ (G_BB)⁻¹ w_B = ½ |z|²``, with ``z = L⁻¹ w_B`` and ``G_BB = L Lᵀ``; with the
+columns ``V = G[:, B] L⁻ᵀ`` the others move by ``-V z`` and ``G -= V Vᵀ``. Diagonal blocks of ``G`` are kept current,
+its rest once a panel. ``numba`` is the CPU default (:mod:`.block_compiled`) and restarts rows whose pivots have worn
+out; the panels of batched torch here do not, so they want float64.
 
 Index legend: ``P`` rows in flight, ``b`` blocks alive, ``c`` columns per block, ``M = b·c``.
 """
@@ -10,12 +11,13 @@ Index legend: ``P`` rows in flight, ``b`` blocks alive, ``c`` columns per block,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_obc.kernels.obs_sweep.dispatch import check_problem, resolve_backend
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
 from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import resolve_budget
@@ -39,25 +41,43 @@ class ColumnBlocks:
         return self.members.shape[1]
 
 
+def block_backend(backend: str, device_type: str, size: int) -> str:
+    """What sweeps blocks of ``size`` columns when ``backend`` is asked for: ``"naive"``, ``"torch"`` or ``"numba"``."""
+    name = resolve_backend(backend, device_type)
+    if name == "numba":
+        from lightning_obc.kernels.obs_sweep.block_compiled import LARGEST_BLOCK
+
+        return "numba" if size <= LARGEST_BLOCK else "torch"
+    return "naive" if name == "naive" else "torch"
+
+
 def sweep_blocks(
-    problem: SweepInput, blocks: ColumnBlocks, *, naive: bool = False, memory_budget: int | None = None
+    problem: SweepInput, blocks: ColumnBlocks, *, backend: str = "auto", memory_budget: int | None = None
 ) -> SweepOutput:
     """Eliminate all blocks of every row, cheapest first; ties go to the lower block.
 
     Args:
-        problem: Weights ``[g, R, d]`` in float64, with the damped Hessian and its inverse. Columns of ``keep=False``
-            hold zeros and are out of every block from the start: they cost nothing and stay zero.
+        problem: Weights ``[g, R, d]`` with the damped Hessian and its inverse. Columns of ``keep=False`` hold zeros and
+            are out of every block from the start: they cost nothing and stay zero.
         blocks: The blocks; they cover every column once.
-        naive: One row and one block at a time, to be read and compared with.
+        backend: As of :func:`~lightning_obc.kernels.obs_sweep.sweep_prune`; :func:`block_backend` says what it means.
+            ``"naive"`` takes one row and one block at a time in float64, to be read and compared with.
         memory_budget: Bytes of working memory above the inputs; None takes a quarter of what is free.
 
     Returns:
         ``order`` holds block indices, ``T`` is the number of blocks.
+
+    Raises:
+        ShapeError, NonFiniteError, BackendError: As of :func:`~lightning_obc.kernels.obs_sweep.sweep_prune`.
     """
+    check_problem(problem)
     groups, rows, columns = problem.weight.shape
+    name = block_backend(backend, problem.weight.device.type, blocks.size)
+    if groups * rows * len(blocks.members) == 0:
+        return _empty(problem, (groups, rows, len(blocks.members)))
     shared = {"inverse": problem.inverse, "hessian": problem.hessian, "members": blocks.members}
     by_row = {"weight": problem.weight, "keep": problem.keep}
-    options = {"naive": naive, "memory_budget": memory_budget}
+    options = {"backend": name, "memory_budget": memory_budget}
     return SweepOutput(**by_rows("obs_sweep_blocks", shared, by_row, options, 2 / 3 * groups * rows * columns**3))
 
 
@@ -66,19 +86,32 @@ def _sweep_rows(shared: Tensors, by_row: Tensors, options: Mapping[str, Any]) ->
     """The sweep of some of a layer's rows."""
     problem = SweepInput(by_row["weight"], shared["inverse"], shared["hessian"], by_row["keep"])
     blocks = ColumnBlocks(shared["members"])
+    budget = resolve_budget(options["memory_budget"], problem.weight.device)
+    if options["backend"] == "numba":
+        from lightning_obc.kernels.obs_sweep import block_compiled
+
+        return block_compiled.sweep(problem, blocks.members, budget).tensors()
     groups, rows, _ = problem.weight.shape
-    total = groups * rows
-    if options["naive"]:
-        parts = [_naive_row(*_slots(problem, blocks, torch.tensor([row])), blocks.size) for row in range(total)]
+    index = torch.arange(groups * rows, device=problem.weight.device)
+    if options["backend"] == "naive":
+        exact = torch.cholesky_inverse(torch.linalg.cholesky(problem.hessian))
+        oracle = replace(problem, weight=problem.weight.double(), inverse=exact)
+        parts = [_naive_row(*_slots(oracle, blocks, row), blocks.size) for row in index.split(1)]
     else:
-        slots = blocks.members.numel()
-        step = max(1, resolve_budget(options["memory_budget"], problem.weight.device) // (4 * 8 * slots * slots))
-        index = torch.arange(total, device=problem.weight.device)
+        step = max(1, budget // (4 * problem.weight.itemsize * blocks.members.numel() ** 2))
         parts = [_Chunk(*_slots(problem, blocks, rows), blocks.size).run() for rows in index.split(step)]
     order, losses, broken = (torch.cat(column) for column in zip(*parts, strict=True))
     shape = (groups, rows, len(blocks.members))
     count = torch.full(shape[:2], shape[2], dtype=torch.int32, device=order.device)
-    return SweepOutput(order.reshape(shape), losses.reshape(shape), count, broken.reshape(shape[:2])).tensors()
+    losses = losses.reshape(shape).to(problem.weight.dtype)
+    return SweepOutput(order.reshape(shape), losses, count, broken.reshape(shape[:2])).tensors()
+
+
+def _empty(problem: SweepInput, shape: tuple[int, int, int]) -> SweepOutput:
+    weight = problem.weight
+    order = torch.full(shape, -1, dtype=torch.int32, device=weight.device)
+    count = torch.zeros(shape[:2], dtype=torch.int32, device=weight.device)
+    return SweepOutput(order, weight.new_zeros(shape), count, count.bool())
 
 
 def _slots(problem: SweepInput, blocks: ColumnBlocks, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +130,7 @@ def _slots(problem: SweepInput, blocks: ColumnBlocks, rows: Tensor) -> tuple[Ten
     hessian = problem.hessian[rows // per_problem][:, column[:, None], column]
     factor, _ = torch.linalg.cholesky_ex(_identity_outside(hessian, kept))
     own = torch.arange(len(rows), device=rows.device)
-    return torch.where(kept, weight, 0.0), torch.cholesky_inverse(factor), own
+    return torch.where(kept, weight, 0.0), torch.cholesky_inverse(factor).to(weight.dtype), own
 
 
 def _identity_outside(matrix: Tensor, inside: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepOutput, SweepPlan
 from lightning_obc.kernels.threads import run_blocks
 
-_NARROW, _NARROW_STEPS, _STEPS = 700, 32, 64
+# Columns of a panel: ``NARROW_STEPS`` while at most ``NARROW`` are in the working set, else ``STEPS``.
+NARROW, NARROW_STEPS, STEPS = 700, 32, 64
 
 
 def sweep(plan: SweepPlan) -> SweepOutput:
@@ -43,7 +44,7 @@ def sweep(plan: SweepPlan) -> SweepOutput:
 
 def _threads(rows: int, columns: int, itemsize: int, budget: int) -> int:
     """As many threads as torch uses, as far as their working memory fits the budget."""
-    each = packed_size(columns) * (itemsize + 8) + _STEPS * padded(columns) * (itemsize + 8)
+    each = packed_size(columns) * (itemsize + 8) + STEPS * padded(columns) * (itemsize + 8)
     return max(1, min(torch.get_num_threads(), rows, budget // each))
 
 
@@ -56,13 +57,16 @@ def _problem(plan: SweepPlan) -> Problem:
         pack(inverse[g], packed[g])
     dtype = inverse.dtype
     none = np.zeros((0, columns), dtype)
-    zeros = np.zeros((0, columns), np.bool_) if source.keep is None else _flat(~source.keep)
-    scale, zero_point = (none, none) if plan.grid is None else (_flat(plan.grid.scale), _flat(plan.grid.zero_point))
+    zeros = np.zeros((0, columns), np.bool_) if source.keep is None else flat_rows(~source.keep)
+    scale, zero_point = (
+        (none, none) if plan.grid is None else (flat_rows(plan.grid.scale), flat_rows(plan.grid.zero_point))
+    )
     hessian = source.hessian.detach().contiguous().numpy()
-    return Problem(_flat(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
+    return Problem(flat_rows(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
 
 
-def _flat(tensor: Tensor) -> NDArray[Any]:
+def flat_rows(tensor: Tensor) -> NDArray[Any]:
+    """``[…, d]`` as ``[P, d]``, without a copy where the tensor is contiguous."""
     return tensor.detach().contiguous().reshape(-1, tensor.shape[-1]).numpy()
 
 
@@ -79,8 +83,8 @@ def _groups(plan: SweepPlan) -> tuple[NDArray[np.int32], ...]:
 def _result(out: SweepOutput, columns: int) -> Result:
     """Views of the output tensors: the kernel writes into them."""
     codes = torch.empty(0, columns, dtype=torch.uint8) if out.codes is None else out.codes
-    order, losses = _flat(out.order), _flat(out.losses)
-    return Result(order, losses, out.count.view(-1).numpy(), out.broken.view(-1).numpy(), _flat(codes))
+    order, losses = flat_rows(out.order), flat_rows(out.losses)
+    return Result(order, losses, out.count.view(-1).numpy(), out.broken.view(-1).numpy(), flat_rows(codes))
 
 
 def _options(plan: SweepPlan) -> Options:
@@ -96,15 +100,20 @@ def _options(plan: SweepPlan) -> Options:
         zero=scalar(0),
         half=scalar(0.5),
         one=scalar(1),
-        worn=scalar(WORN_FLOAT32 * np.finfo(np.float32).eps / info.eps),
-        steps=_STEPS,
-        narrow_steps=_NARROW_STEPS,
-        narrow=_NARROW,
+        worn=scalar(worn_ratio(numpy_dtype)),
+        steps=STEPS,
+        narrow_steps=NARROW_STEPS,
+        narrow=NARROW,
         flush_width=flush_columns(numpy_dtype),
         panel_width=panel_columns(numpy_dtype),
         flush_width64=flush_columns(np.dtype(np.float64)),
         panel_width64=panel_columns(np.dtype(np.float64)),
     )
+
+
+def worn_ratio(dtype: np.dtype[Any]) -> float:
+    """How far a pivot may shrink since its row's last float64 start: as many digits are left to either precision."""
+    return float(WORN_FLOAT32 * np.finfo(np.float32).eps / np.finfo(dtype).eps)
 
 
 def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
@@ -119,9 +128,9 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
 
     return Scratch(
         packed=aligned(size, dtype),
-        panel=aligned(_STEPS * length, dtype),
+        panel=aligned(STEPS * length, dtype),
         packed64=aligned(size, np.dtype(np.float64)),
-        panel64=aligned(_NARROW_STEPS * length, np.dtype(np.float64)),
+        panel64=aligned(NARROW_STEPS * length, np.dtype(np.float64)),
         weight=floats(),
         diagonal=floats(),
         reference=floats(),

@@ -92,7 +92,7 @@ def sweep_prune(
         NonFiniteError: NaN or Inf in the weights or the inverse.
         BackendError: See :func:`resolve_backend`.
     """
-    _check(problem)
+    check_problem(problem)
     if groups is not None:
         _check_groups(problem, groups)
     return _run(problem, groups, None, backend, memory_budget)
@@ -112,7 +112,7 @@ def sweep_quantize(
 
     Args, Raises: As :func:`sweep_prune`; a scale that is not positive is a NonFiniteError.
     """
-    _check(problem)
+    check_problem(problem)
     for name, value in (("scale", grid.scale), ("zero_point", grid.zero_point)):
         _check_like(f"grid.{name}", value, problem.weight, tuple(problem.weight.shape))
     if not bool(((grid.scale > 0) & torch.isfinite(grid.scale) & torch.isfinite(grid.zero_point)).all()):
@@ -173,7 +173,8 @@ def _nm_steps(problem: SweepInput, groups: NMGroups) -> int:
     return int(torch.maximum(zeros, groups.quota).sum(1).max()) if len(flat) else 0
 
 
-def _check(problem: SweepInput) -> None:
+def check_problem(problem: SweepInput) -> None:
+    """Refuse tensors that do not belong together, and values that are not finite."""
     weight = problem.weight
     if weight.ndim != 3 or weight.dtype not in (torch.float32, torch.float64):
         raise ShapeError(

@@ -1,0 +1,121 @@
+"""Costs of the blocks of a working set, and the choice of the next one (numba)."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from lightning_obc.kernels.obs_sweep.block_state import LANES, BlockOptions, BlockScratch, entry, slot
+from lightning_obc.kernels.obs_sweep.jit import STRICT, lower
+from lightning_obc.kernels.obs_sweep.packed import Array
+
+_jit = numba.njit(**STRICT)
+_jit_inline = numba.njit(forceinline=True, **STRICT)
+_NONE = np.iinfo(np.int32).max
+
+
+@_jit_inline
+def choose(teams: int, s: BlockScratch, o: BlockOptions) -> int:
+    """Place of the cheapest block, the lowest block among equals; -1 when there is none."""
+    best = o.big
+    for team in range(teams):
+        best = min(best, s.best[team])
+    block, found = _NONE, -1
+    if best < o.big:
+        for team in range(teams):
+            if s.best[team] == best:
+                for place in range(team * LANES, (team + 1) * LANES):
+                    if s.score[place] == best and s.block[place] < block:
+                        block, found = s.block[place], place
+    return found
+
+
+@_jit_inline
+def score(team: int, s: BlockScratch, o: BlockOptions) -> None:
+    """``|L⁻¹ w_B|²`` of a team's blocks. A block that is not positive definite wins, so that it is seen."""
+    _factor(team, s.diagonal, s.lower, o.size)
+    s.best[team] = _cost(team, s.weight, s.lower, s.solved, s.penalty, s.score, o.size, o.big, o.zero)
+
+
+@_jit
+def start_pivots(team: int, s: BlockScratch, o: BlockOptions) -> None:
+    """Remember every column's pivot, given the columns before it in its block."""
+    _factor(team, s.diagonal, s.lower, o.size)
+    for i in range(o.size):
+        for lane in range(LANES):
+            root = s.lower[entry(0, i, i, o.size) + lane]
+            s.reference[slot(team * LANES + lane, i, o.size)] = root * root
+
+
+@_jit
+def weakest(place: int, s: BlockScratch, o: BlockOptions) -> float:
+    """The smallest ratio of a block's pivots to what they started from; NaN or at most 0 where there is no factor."""
+    _factor(place // LANES, s.diagonal, s.lower, o.size)
+    ratio = o.one
+    for i in range(o.size):
+        here = slot(place, i, o.size)
+        if s.alive[here] > 0:
+            root = s.lower[entry(0, i, i, o.size) + place % LANES]
+            share = root * root / s.reference[here]
+            if not share >= ratio:
+                ratio = share
+    return ratio
+
+
+@_jit
+def _factor(team: int, diagonal: Array, low: Array, size: int) -> None:
+    """Cholesky factors of a team's diagonal blocks, side by side; NaN behind a pivot that is negative."""
+    for j in range(size):
+        for i in range(j, size):
+            source, target = np.uint64(entry(team, i, j, size)), np.uint64(entry(0, i, j, size))
+            pivot = np.uint64(entry(0, j, j, size))
+            for lane in range(LANES):
+                low[target + np.uint64(lane)] = diagonal[source + np.uint64(lane)]
+            for k in range(j):
+                left, right = np.uint64(entry(0, i, k, size)), np.uint64(entry(0, j, k, size))
+                for lane in range(LANES):
+                    low[target + np.uint64(lane)] -= low[left + np.uint64(lane)] * low[right + np.uint64(lane)]
+            if i == j:
+                for lane in range(LANES):
+                    low[target + np.uint64(lane)] = np.sqrt(low[target + np.uint64(lane)])
+            else:
+                for lane in range(LANES):
+                    low[target + np.uint64(lane)] /= low[pivot + np.uint64(lane)]
+
+
+@_jit
+def _cost(
+    team: int,
+    weight: Array,
+    low: Array,
+    solved: Array,
+    penalty: Array,
+    score: Array,
+    size: int,
+    big: float,
+    zero: float,
+) -> float:
+    total, first = np.uint64(size * LANES), np.uint64(team * LANES)
+    for lane in range(LANES):
+        solved[total + np.uint64(lane)] = zero
+    for i in range(size):
+        here, pivot = np.uint64(i * LANES), np.uint64(entry(0, i, i, size))
+        source = np.uint64(team * LANES * size + i * LANES)
+        for lane in range(LANES):
+            solved[here + np.uint64(lane)] = weight[source + np.uint64(lane)]
+        for k in range(i):
+            left, other = np.uint64(entry(0, i, k, size)), np.uint64(k * LANES)
+            for lane in range(LANES):
+                solved[here + np.uint64(lane)] -= low[left + np.uint64(lane)] * solved[other + np.uint64(lane)]
+        for lane in range(LANES):
+            value = solved[here + np.uint64(lane)] / low[pivot + np.uint64(lane)]
+            solved[here + np.uint64(lane)] = value
+            solved[total + np.uint64(lane)] += value * value
+    best = big
+    for lane in range(LANES):
+        value = solved[total + np.uint64(lane)]
+        value = value if value >= zero else -big
+        value = value if penalty[first + np.uint64(lane)] == zero else big
+        score[first + np.uint64(lane)] = value
+        best = lower(best, value)
+    return best

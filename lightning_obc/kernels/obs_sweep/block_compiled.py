@@ -1,0 +1,141 @@
+"""The block sweep on a CPU: rows in parallel threads, each compiled and in its own cache (see :mod:`.block_rows`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_obc.kernels.obs_sweep import block_rows as kernel
+from lightning_obc.kernels.obs_sweep.block_state import (
+    LANES,
+    BlockOptions,
+    BlockProblem,
+    BlockResult,
+    BlockScratch,
+    teams,
+)
+from lightning_obc.kernels.obs_sweep.compiled import NARROW, NARROW_STEPS, STEPS, flat_rows, worn_ratio
+from lightning_obc.kernels.obs_sweep.jit import aligned
+from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
+from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
+from lightning_obc.kernels.threads import run_blocks
+
+# A panel holds whole blocks.
+LARGEST_BLOCK = NARROW_STEPS
+
+
+def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutput:
+    """Eliminate all blocks of every row.
+
+    Args:
+        problem: Checked, on the CPU.
+        members: ``[n, c]`` int64, columns of every block, -1 where a block is short; ``c <= LARGEST_BLOCK``.
+        memory_budget: Bytes of working memory above inputs and outputs. One row at a time is always allowed.
+    """
+    groups, rows, columns = problem.weight.shape
+    blocks, size = members.shape
+    order = torch.full((groups, rows, blocks), -1, dtype=torch.int32)
+    losses = torch.zeros(groups, rows, blocks, dtype=problem.weight.dtype)
+    count = torch.zeros(groups, rows, dtype=torch.int32)
+    broken = torch.zeros(groups, rows, dtype=torch.bool)
+    source = _problem(problem, members)
+    result = BlockResult(flat_rows(order), flat_rows(losses), count.view(-1).numpy(), broken.view(-1).numpy())
+    options = _options(problem.weight.dtype, rows, size)
+    positions, total = teams(blocks) * LANES * size, groups * rows
+    each = packed_size(positions) * (problem.weight.itemsize + 8)
+    threads = max(1, min(torch.get_num_threads(), total, memory_budget // max(1, each)))
+
+    def begin() -> Callable[[int, int], None]:
+        scratch = _scratch(blocks, size, columns, source.weight.dtype)
+        return lambda first, last: kernel.sweep_rows(first, last, source, result, scratch, options)
+
+    run_blocks(total, max(1, min(total // (4 * threads), 10**8 // columns**3)), threads, begin)
+    broken.logical_or_(~torch.isfinite(losses).all(-1))
+    return SweepOutput(order, losses, count, broken)
+
+
+def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
+    blocks, size = members.shape
+    columns = problem.weight.shape[2]
+    filled = torch.full((teams(blocks) * LANES, size), -1, dtype=torch.int64)
+    filled[:blocks] = members
+    # Team after team, member after member, lane after lane.
+    column = filled.view(-1, LANES, size).transpose(1, 2).reshape(-1)
+    real = column >= 0
+    position = torch.zeros(columns, dtype=torch.int32)
+    position[column[real]] = real.nonzero().flatten().to(torch.int32)
+    packed = np.empty((len(problem.inverse), packed_size(len(column))), flat_rows(problem.inverse).dtype)
+    spread = torch.eye(len(column), dtype=problem.inverse.dtype)
+    at = real.nonzero().flatten()
+    for g, inverse in enumerate(problem.inverse):
+        spread[at[:, None], at] = inverse[column[at][:, None], column[at]]
+        pack(spread.numpy(), packed[g])
+    zeros = np.zeros((0, columns), np.bool_) if problem.keep is None else flat_rows(~problem.keep)
+    hessian = problem.hessian.detach().contiguous().numpy()
+    lines = np.ascontiguousarray(members.numpy(), np.int32)
+    return BlockProblem(flat_rows(problem.weight), packed, hessian, zeros, lines, position.numpy())
+
+
+def _options(dtype: torch.dtype, rows: int, size: int) -> BlockOptions:
+    numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+    scalar = numpy_dtype.type
+    return BlockOptions(
+        rows=rows,
+        size=size,
+        big=scalar(np.finfo(numpy_dtype).max / 4),
+        zero=scalar(0),
+        half=scalar(0.5),
+        one=scalar(1),
+        worn=scalar(worn_ratio(numpy_dtype)),
+        steps=STEPS,
+        narrow_steps=NARROW_STEPS,
+        narrow=NARROW,
+        flush_width=flush_columns(numpy_dtype),
+        panel_width=panel_columns(numpy_dtype),
+        flush_width64=flush_columns(np.dtype(np.float64)),
+        panel_width64=panel_columns(np.dtype(np.float64)),
+    )
+
+
+def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> BlockScratch:
+    """Memory of one thread. The float64 part stays untouched, and so unallocated, until a row restarts."""
+    places = teams(blocks) * LANES
+    length, pairs = padded(places * size), size * (size + 1) // 2
+
+    def floats(count: int = length) -> NDArray[Any]:
+        return np.zeros(count, dtype)
+
+    def integers(count: int = length) -> NDArray[np.int32]:
+        return np.zeros(count, np.int32)
+
+    return BlockScratch(
+        packed=aligned(packed_size(length), dtype),
+        panel=aligned(STEPS * length, dtype),
+        packed64=aligned(packed_size(length), np.dtype(np.float64)),
+        panel64=aligned(NARROW_STEPS * length, np.dtype(np.float64)),
+        weight=floats(),
+        alive=floats(),
+        reference=floats(),
+        diagonal=floats(teams(blocks) * pairs * LANES),
+        lower=floats(pairs * LANES),
+        solved=floats((size + 1) * LANES),
+        score=floats(places),
+        penalty=floats(places),
+        best=floats(teams(blocks)),
+        right=np.zeros(length),
+        unit=np.zeros(length),
+        column=integers(),
+        block=integers(places),
+        target=integers(places),
+        hole=integers(),
+        mover=integers(),
+        zeros=integers(columns),
+        fixed=np.zeros(columns, np.bool_),
+        gone=np.zeros(blocks, np.bool_),
+    )

@@ -1,0 +1,104 @@
+"""What the compiled block sweep of a row works on, and how blocks are laid out (numba).
+
+Blocks come in *teams* of ``LANES``. A team of blocks of ``c`` columns takes ``LANES·c`` positions, member after member:
+the ``i``-th columns of its blocks lie side by side, so that what is done to every block runs over whole vectors.
+Entry ``(i, j)``, ``j <= i``, of the diagonal blocks is stored the same way, team after team.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_obc.kernels.obs_sweep.jit import STRICT
+from lightning_obc.kernels.obs_sweep.packed import Array, IntArray
+
+LANES = 16
+_inline = numba.njit(inline="always", **STRICT)
+
+
+class BlockProblem(NamedTuple):
+    """Inputs, read only. ``P = g·R`` rows; ``n`` blocks; ``M`` positions of all teams."""
+
+    weight: Array  # [P, d]
+    packed: Array  # [g, packed_size(M)], G by position; the identity where there is no column
+    hessian: Array  # [g, d, d] float64, damped
+    zeros: NDArray[np.bool_]  # [P, d] or without rows
+    members: IntArray  # [n, c], -1 where a block is short
+    position: IntArray  # [d], where every column starts
+
+
+class BlockResult(NamedTuple):
+    """Outputs, see :class:`~lightning_obc.kernels.obs_sweep.types.SweepOutput`."""
+
+    order: IntArray
+    losses: Array
+    steps: IntArray
+    broken: NDArray[np.bool_]
+
+
+class BlockScratch(NamedTuple):
+    """Working memory of one thread."""
+
+    packed: Array
+    panel: Array
+    packed64: Array
+    panel64: Array
+    weight: Array  # by position
+    alive: Array  # by position: 1, or 0 once a column has left or where there is none
+    reference: Array  # by position: conditional pivot at the start, or at the last restart
+    diagonal: Array  # by team, entry and lane
+    lower: Array  # one team's Cholesky factors
+    solved: Array  # one team's L⁻¹ w
+    score: Array  # by block
+    penalty: Array  # by block: 0, or ``big`` once it has left
+    best: Array  # by team
+    right: Array  # by position, float64
+    unit: Array  # by position, float64
+    column: IntArray  # by position, -1 where there is none
+    block: IntArray  # the block at a place, -1 where there is none
+    target: IntArray  # by place: where a moving block goes, otherwise -1
+    hole: IntArray  # by move
+    mover: IntArray  # by move
+    zeros: IntArray  # columns eliminated without a choice
+    fixed: NDArray[np.bool_]  # by column
+    gone: NDArray[np.bool_]  # by block
+
+
+class BlockOptions(NamedTuple):
+    """Scalars in the dtype of the sweep, so that nothing is promoted."""
+
+    rows: int  # rows per problem
+    size: int  # c
+    big: Any
+    zero: Any
+    half: Any
+    one: Any
+    worn: Any  # reference / pivot that asks for a restart
+    steps: int  # columns of a panel of a wide working set
+    narrow_steps: int
+    narrow: int
+    flush_width: int
+    panel_width: int
+    flush_width64: int
+    panel_width64: int
+
+
+@_inline
+def slot(place: int, member: int, size: int) -> int:
+    """Position of a block's member."""
+    return (place // LANES) * (LANES * size) + member * LANES + (place % LANES)
+
+
+@_inline
+def entry(team: int, i: int, j: int, size: int) -> int:
+    """Where entry ``(i, j)``, ``j <= i``, of a team's diagonal blocks starts."""
+    return (team * (size * (size + 1) // 2) + i * (i + 1) // 2 + j) * LANES
+
+
+def teams(blocks: int) -> int:
+    """Teams of so many blocks."""
+    return -(-blocks // LANES)
