@@ -13,12 +13,11 @@ from torch import nn
 
 from lightning_obc.calibration import Collector, DenseWeights, batch_size_of
 from lightning_obc.errors import LayerNotFoundError
-from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
+from lightning_obc.layers import adapter_for, is_lookup, select_layers, unsupported_layers
 from lightning_obc.layerwise import reached_edges
-from lightning_obc.obs.speed import measured_speed
 from lightning_obc.planning import StagePlan, check_schedule, plan_stage
-from lightning_obc.solvers import parse_refine
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+from lightning_obc.timing import SolveTime, layer_flops, measured_time
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -30,7 +29,7 @@ class StageForecast:
     Attributes:
         plan: Layers, shapes, what is skipped, calibration passes and the memory of their statistics.
         flops: Floating point operations of the sweeps; 0 where the stage sweeps nothing.
-        solve_seconds: ``flops`` at the measured speed; None where the stage has another solver.
+        solve_seconds: Time of the stage's solver on all layers (:mod:`~lightning_obc.timing`); None for corrections.
         calibration_seconds: Time of one batch through all passes, times the batches; None when there was no batch.
     """
 
@@ -82,7 +81,7 @@ class Plan:
     Attributes:
         stages: One forecast per stage, in order.
         left_dense: Modules with weights that no stage will compress, with the reason.
-        speeds: Measured flop per second by backend, as the stages name it.
+        speeds: Measured flop per second of sweeps by backend, as the stages name it.
     """
 
     stages: list[StageForecast]
@@ -93,7 +92,8 @@ class Plan:
         parts = [str(stage) for stage in self.stages]
         left = [f"left dense: {name or 'the model itself'} ({reason})" for name, reason in self.left_dense.items()]
         speeds = [
-            f"times are estimates from one small sweep on this machine, {speed / 1e9:.3g} Gflop/s (backend {name!r})"
+            f"times are estimates from small problems solved on this machine, sweeps at {speed / 1e9:.3g} Gflop/s "
+            f"(backend {name!r})"
             for name, speed in self.speeds.items()
         ]
         return "\n\n".join([*parts, *(["\n".join([*left, *speeds])] if left or speeds else [])])
@@ -135,12 +135,25 @@ def plan(
     edges = None if probe is None else reached_edges(model, stages, lambda: Collector(model, probe, spec, forward))
     check_schedule(model, stages, edges)
     plans = [plan_stage(model, stage, spec, edges) for stage in stages]
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    swept = [layer.stage for found in plans for layer in found.layers if _sweeps(layer.stage)]
-    names = dict.fromkeys(map(_backend, swept))
-    speeds = {name: measured_speed(device, name) for name in names}
-    forecasts = [_forecast(model, found, batch, spec, forward, speeds) for found in plans]
+    times = _measured(model, plans)
+    forecasts = [_forecast(model, found, batch, spec, forward, times) for found in plans]
+    speeds = {time.stage.backend: speed for time in times.values() if (speed := time.flops_per_second) is not None}
     return Plan(forecasts, _left_dense(model, plans), speeds)
+
+
+def _measured(model: nn.Module, plans: Sequence[StagePlan]) -> dict[str, SolveTime]:
+    """Times of the stages of all layers, each kind of stage measured once."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    layers = [layer for found in plans for layer in found.layers]
+    looked_up = {_kind(layer.stage) for layer in layers if is_lookup(layer.module)}
+    kinds = {_kind(layer.stage): layer.stage for layer in layers if isinstance(layer.stage, (Prune, Quantize))}
+    return {kind: measured_time(stage, device, lookups=kind in looked_up) for kind, stage in kinds.items()}
+
+
+def _kind(stage: Stage) -> str:
+    """Stages of one kind take the same time: all that matters for a single layer."""
+    assert isinstance(stage, (Prune, Quantize))
+    return repr(replace(stage, layers=None, exclude=None, at="train_end"))
 
 
 def _forecast(
@@ -149,35 +162,20 @@ def _forecast(
     batch: Any,
     spec: Calibration,
     forward: Forward | None,
-    speeds: Mapping[str, float],
+    times: Mapping[str, SolveTime],
 ) -> StageForecast:
     if not plan.layers:
         return StageForecast(plan, 0.0, None, None)
-    costs = [(x.stage, _times(x.stage, x.shape.rows) * x.sweep_flops) for x in plan.layers if _sweeps(x.stage)]
-    flops = sum(cost for _, cost in costs)
-    # One layer with another solver leaves the time of the whole stage open.
-    known = len(costs) == len(plan.layers)
-    seconds = sum(cost / speeds[_backend(stage)] for stage, cost in costs) if known else None
-    return StageForecast(
-        plan, flops, seconds, None if batch is None else _calibration_seconds(model, plan, batch, spec, forward)
-    )
-
-
-def _sweeps(stage: Stage) -> bool:
-    return isinstance(stage, (Prune, Quantize)) and stage.solver == "obs"
-
-
-def _backend(stage: Stage) -> str:
-    assert isinstance(stage, (Prune, Quantize))
-    return stage.backend
-
-
-def _times(stage: Stage, rows: int) -> float:
-    """Full sweeps of a layer that a stage takes: one, and what choices of damping and of refinement add."""
-    assert isinstance(stage, (Prune, Quantize))
-    choosing = 10 * min(1.0, 32 / rows) if stage.damping == "auto" else 0.0
-    refine = parse_refine(stage.refine)
-    return 1 + choosing + (2 if refine is not None and refine.judge else 0)
+    flops = seconds = 0.0
+    for layer in plan.layers:
+        shape, found = layer.shape, times[_kind(layer.stage)]
+        if is_lookup(layer.module):
+            seconds += found.lookup_seconds(shape.rows, shape.columns)
+        else:
+            flops += layer_flops(found.stage, shape.groups, shape.rows, shape.columns)
+            seconds += found.seconds(shape.groups, shape.rows, shape.columns)
+    calibration = None if batch is None else _calibration_seconds(model, plan, batch, spec, forward)
+    return StageForecast(plan, flops, seconds, calibration)
 
 
 def _calibration_seconds(

@@ -58,13 +58,15 @@ def test_nothing_changes() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_times_scale_with_the_work() -> None:
+def test_times_are_measured_and_scale_with_the_work() -> None:
     plan = planned()
     prune, quantize, correct = plan.stages
     sweep = 2 / 3 * 4 * 8**3
     assert prune.flops == pytest.approx(sweep)
     assert quantize.flops == pytest.approx(11 * sweep)  # all four rows, at five dampings, on both halves
-    assert prune.solve_seconds == pytest.approx(prune.flops / plan.speeds["auto"])
+    assert prune.solve_seconds is not None
+    assert prune.solve_seconds > 0
+    assert plan.speeds["auto"] > 0
     assert prune.calibration_seconds is not None
     assert prune.calibration_seconds > 0
     assert correct.solve_seconds is None
@@ -89,8 +91,30 @@ def test_what_would_stop_the_run_stops_the_plan() -> None:
         obc.plan(model, obc.Quantize(4), torch.randn(2, 3, 6, 6))
 
 
-def test_other_solvers_are_not_timed() -> None:
+def test_other_solvers_are_timed_too() -> None:
     plan = obc.plan(nn.Linear(8, 8), obc.Quantize(4, solver="rtn"))
-    assert plan.stages[0].solve_seconds is None
+    assert plan.stages[0].solve_seconds is not None
+    assert plan.stages[0].solve_seconds > 0
+    assert plan.stages[0].flops == 0
     assert not plan.speeds
-    assert "solving not estimated" in str(plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "stage",
+    [obc.Prune("2:4"), obc.Quantize(4), obc.Quantize(4, solver="gptq"), obc.Prune(0.5, damping="auto")],
+    ids=lambda stage: f"{stage} {stage.solver} {stage.damping}",
+)
+def test_the_estimate_is_what_happens_within_a_factor_of_four(stage: Any) -> None:
+    """Something else may keep the machine busy during one of the two, so the best of three counts."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(nn.Linear(320, 320) for _ in range(2)), nn.Linear(320, 32)), torch.randn(640, 320)
+    ratios = []
+    for _ in range(3):
+        estimate = obc.plan(model, stage).stages[0].solve_seconds
+        report = obc.compress(copy.deepcopy(model), x, stage)
+        assert estimate is not None
+        ratios.append(estimate / sum(layer.seconds for layer in report.stages[0].layers))
+        if 1 / 4 < ratios[-1] < 4:
+            return
+    pytest.fail(f"estimated over measured seconds: {ratios}")
