@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_obc.errors import ExportError
 from lightning_obc.export.bits import pack_words
-from lightning_obc.export.packed import plain_state
+from lightning_obc.export.packed import plain_state, write_tensors
 from lightning_obc.export.weights import CompressedWeight, Solutions, compressed_state, named_layers, weight_keys
 from lightning_obc.files import PathLike, check_target, write_whole
 
@@ -128,8 +128,6 @@ def quantization_config(weights: Mapping[str, CompressedWeight], ignore: list[st
 
 
 def _write(targets: list[Path], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     weights, text = targets
-    write_whole(weights, lambda part: save_file(dict(tensors), part, metadata={"format": "pt"}))
+    write_tensors(weights, tensors, {"format": "pt"})
     write_whole(text, lambda part: part.write_text(json.dumps(config, indent=2) + "\n"))

@@ -1,7 +1,8 @@
 """ONNX files that carry our codes: quantize and dequantize nodes with the integers, scales and zero points of the grid.
 
 Nothing is fitted again. The weight of a layer is an initialiser of signed codes (unsigned code minus
-``2**(bits - 1)``), INT4 for up to 4 bits and INT8 above, followed by ``DequantizeLinear``.
+``2**(bits - 1)``), INT2 for up to 2 bits where the runtime has it, INT4 for up to 4, INT8 above, followed by
+``DequantizeLinear``.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lightning_obc.export.quantized import (
 )
 from lightning_obc.export.ranges import ActivationRange, Ranges, as_range
 from lightning_obc.export.saturation import saturation_warning
+from lightning_obc.export.small_types import opset_for, store_small_codes
 from lightning_obc.export.weights import (
     CompressedWeight,
     Solutions,
@@ -40,7 +42,6 @@ from lightning_obc.export.weights import (
 )
 from lightning_obc.files import PathLike, check_target, require, write_whole
 
-OPSET = 21
 _log = logging.getLogger(__name__)
 
 
@@ -110,7 +111,7 @@ def export_onnx(
     dynamic_batch: bool = True,
     overwrite: bool = False,
 ) -> OnnxExport:
-    """Write a model as ONNX (opset 21), its quantized weights as integer codes.
+    """Write a model as ONNX (opset 21, or 25 with codes in INT2), its quantized weights as integer codes.
 
     Args:
         model: Exported in evaluation mode; not changed.
@@ -154,8 +155,9 @@ def export_onnx(
     if ranges and activation_bits == 8 and (warning := saturation_warning(codes)):
         notes.append(warning)
         _log.warning(warning)
-    program = _translate(graph)
-    _store_small_codes(program, {name: stored.bits for name, stored in codes.items()})
+    bits = {name: stored.bits for name, stored in codes.items()}
+    program = _translate(graph, opset_for(bits))
+    store_small_codes(program, bits)
     write_whole(target, lambda part: _save(program, part))
     return OnnxExport(target, graph.module, codes, ranges, tuple(folded), tuple(notes))
 
@@ -181,7 +183,7 @@ def _quantize(
     return quantize_activations(graph, share_ranges(measured | named))
 
 
-def _translate(graph: Graph) -> Any:
+def _translate(graph: Graph, opset: int) -> Any:
     args, kwargs = graph.arguments
     try:
         with torch.no_grad():
@@ -190,7 +192,7 @@ def _translate(graph: Graph) -> Any:
                 args,
                 kwargs=kwargs,
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamic_shapes=graph.shapes,
                 custom_translation_table=translations(),
                 verbose=False,
@@ -212,29 +214,6 @@ def _first_line(error: BaseException) -> str:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _store_small_codes(program: Any, bits: Mapping[str, int]) -> None:
-    """Store codes of up to 4 bits as INT4; a cast brings them to INT8, which runtimes fold when they load the file."""
-    import ml_dtypes
-    import onnx_ir as ir
-
-    graph = program.model.graph
-    for name, value in list(graph.initializers.items()):
-        parameter = name.rpartition("_codes")[0]
-        if bits.get(parameter, 8) > 4:
-            continue
-        codes = value.const_value.numpy()
-        small = ir.tensor(codes.astype(ml_dtypes.int4), dtype=ir.DataType.INT4, name=f"{name}_int4")
-        packed = ir.Value(name=f"{name}_int4", type=ir.TensorType(ir.DataType.INT4), shape=value.shape)
-        packed.const_value = small
-        cast = ir.node("Cast", [packed], {"to": ir.DataType.INT8}, name=f"{name}_cast")
-        cast.outputs[0].name = f"{name}_int8"
-        cast.outputs[0].type, cast.outputs[0].shape = ir.TensorType(ir.DataType.INT8), value.shape
-        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
-        graph.initializers.pop(name)
-        graph.register_initializer(packed)
-        graph.insert_before(graph[0], cast)
 
 
 def _save(program: Any, part: Path) -> None:

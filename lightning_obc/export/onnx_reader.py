@@ -16,7 +16,7 @@ def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:
     """The weights that ``DequantizeLinear`` nodes make from stored codes.
 
     Names are those of the codes without their suffix; equal tensors are stored once, so tied weights appear under one
-    of their names, and ``bits`` is 4 or 8, the width of the stored type.
+    of their names, and ``bits`` is 2, 4 or 8, the width of the stored type.
     """
     onnx = require("onnx", "onnx")
     graph = onnx.load(str(path)).graph
@@ -35,12 +35,11 @@ def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:
 def _weight(onnx: Any, node: Any, stored: Mapping[str, Any], name: str) -> StoredCodes:
     codes, scale, zero = (_tensor(onnx, stored[key]) for key in (name, *node.input[1:3]))
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
-    small = stored[name].data_type == onnx.TensorProto.INT4
-    return StoredCodes(
-        codes, scale, zero, attributes.get("axis", 1), attributes.get("block_size", 0), 4 if small else 8
-    )
+    width = {onnx.TensorProto.INT4: 4, getattr(onnx.TensorProto, "INT2", None): 2}.get(stored[name].data_type, 8)
+    return StoredCodes(codes, scale, zero, attributes.get("axis", 1), attributes.get("block_size", 0), width)
 
 
 def _tensor(onnx: Any, proto: Any) -> Tensor:
     array = onnx.numpy_helper.to_array(proto)
-    return torch.from_numpy(array.astype("int8") if proto.data_type == onnx.TensorProto.INT4 else array.copy())
+    small = proto.data_type in (onnx.TensorProto.INT4, getattr(onnx.TensorProto, "INT2", None))
+    return torch.from_numpy(array.astype("int8") if small else array.copy())

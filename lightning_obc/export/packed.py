@@ -216,17 +216,24 @@ def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _write(target: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
     # One entry, because safetensors does not keep the order of several: equal models give equal files.
     envelope = {"version": VERSION, "manifest": text, "sha256": checksum(text, tensors)}
-    metadata = {FORMAT: json.dumps(envelope, sort_keys=True, separators=(",", ":"))}
+    write_tensors(target, tensors, {FORMAT: json.dumps(envelope, sort_keys=True, separators=(",", ":"))})
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """One safetensors file, whole or not at all.
+
+    Raises:
+        ExportError: It cannot be written; an existing file is untouched.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     def write(part: Path) -> None:
         try:
-            save_file(dict(tensors), part, metadata=metadata)
+            save_file(dict(tensors), part, metadata=dict(metadata))
         except SafetensorError as error:
             # The library reports a full disk as an error of its own.
             raise OSError(str(error)) from error

@@ -13,10 +13,11 @@ from torch import nn
 
 from lightning_obc import files as files_module
 from lightning_obc.errors import ExportError, LayerNotFoundError, MissingExtraError, SpecError
-from lightning_obc.export import export_onnx, open_session, read_onnx_weights
+from lightning_obc.export import export_onnx, open_session, read_onnx_weights, small_types
 from lightning_obc.export.ops import StoredCodes, compact_scales, spread
 from lightning_obc.export.ranges import ActivationRange, as_range
 from lightning_obc.export.saturation import may_saturate
+from lightning_obc.export.small_types import stored_bits
 from lightning_obc.grids import Grid
 from lightning_obc.specs import IntGrid
 
@@ -67,7 +68,7 @@ def test_codes_scales_and_zero_points_are_stored_bit_for_bit(exported):
     for name, weight in state.items():
         module, found = net.get_submodule(name), stored[f"{name}.weight"]
         middle = 2 ** (weight.bits - 1)
-        assert found.bits == (4 if weight.bits <= 4 else 8)
+        assert found.bits == stored_bits(weight.bits)
         assert found.codes.shape == module.weight.shape
 
         def matrix(tensor, shape=weight.codes.shape):
@@ -88,15 +89,31 @@ def test_quantized_weights_give_the_output_of_the_compressed_model(exported, opt
     torch.testing.assert_close(run(path, images, optimised=optimised), net(images).detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_small_codes_take_half_a_byte(tmp_path):
+def test_small_codes_take_half_or_a_quarter_of_a_byte(tmp_path):
     sizes = {}
-    for bits in (4, 8):
+    for bits in (2, 4, 8):
         net = residual_net(width=64)
         state = compress_(net, IntGrid(bits, symmetric=True))
         export_onnx(net, torch.randn(1, 1, 8, 8), tmp_path / f"{bits}.onnx", solutions=state)
         sizes[bits] = (tmp_path / f"{bits}.onnx").stat().st_size
     weights = sum(weight.codes.numel() for weight in state.values())
     assert abs(sizes[8] - sizes[4] - weights / 2) < 0.05 * weights
+    assert abs(sizes[8] - sizes[2] - weights * (8 - stored_bits(2)) / 8) < 0.05 * weights
+
+
+def test_two_bit_types_are_used_where_the_runtime_runs_them_only(tmp_path, monkeypatch):
+    net = residual_net()
+    state = compress_(net, IntGrid(2))
+    images = torch.randn(2, 1, 8, 8)
+    for runs, width, opset in ((True, 2, 25), (False, 4, 21)):
+        if runs and not small_types.runs_int2():
+            continue
+        monkeypatch.setattr(small_types, "runs_int2", lambda runs=runs: runs)
+        path = tmp_path / f"{width}.onnx"
+        export_onnx(net, images, path, solutions=state)
+        assert {weight.bits for weight in read_onnx_weights(path).values()} == {width}
+        assert [entry.version for entry in onnx.load(str(path)).opset_import] == [opset]
+        torch.testing.assert_close(run(path, images), net(images).detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("grid", [IntGrid(8, symmetric=True), IntGrid(8), IntGrid(4)], ids=str)
