@@ -73,7 +73,9 @@ class Sweep:
         first, last = int(self.fixed.sum()), len(total)
         if first == last or not 0 < float(total[-1]) < float("inf"):
             return ()
-        steps = torch.linspace(first, last - 1, points, dtype=torch.float64).round().long().unique()
+        # Not the single weight that goes first: it costs so little that it would set the scale of every plot.
+        start = min(last - 1, first + (last - first) // points)
+        steps = torch.linspace(start, last - 1, points, dtype=torch.float64).round().long().unique()
         shares = (total[steps] / total[-1]).tolist()
         return tuple(((step + 1) / last, share) for step, share in zip(steps.tolist(), shares, strict=True))
 

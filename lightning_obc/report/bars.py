@@ -11,6 +11,7 @@ from lightning_obc.report.charts import Axis, number
 Row = Mapping[str, Any]
 _DECADES = 8
 _LABELS = 3
+_FAR = 20.0
 
 
 def share(value: float, axis: Axis) -> float:
@@ -92,5 +93,9 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         ),
     ]
     if any(value > 0 for value in flat[1]):
-        found.append(chart("Time to solve [s]", times, linear(flat[1]), lambda value: f"{value:.2f} s"))
+        # One layer that compiled the kernels would hide all others.
+        far = max(flat[1]) > _FAR * sorted(flat[1])[len(flat[1]) // 2]
+        title = f"Time to solve{', logarithmic' if far else ''} [s]"
+        axis = logarithmic([max(value, 0.01) for value in flat[1]]) if far else linear(flat[1])
+        found.append(chart(title, times, axis, lambda value: f"{value:.2f} s"))
     return found

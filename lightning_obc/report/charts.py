@@ -179,7 +179,8 @@ def _level(value: float, x: Axis, y: Axis) -> str:
     return (
         f'<line class="level" x1="{x.start:g}" x2="{x.end:g}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
         f'stroke-dasharray="3 3"><title>dense: {number(value)}</title></line>'
-        f'<text class="tick" x="{x.end:g}" y="{y(value) - 4:.1f}" text-anchor="end">dense</text>'
+        f'<line class="level" x1="{x.end - 20:g}" x2="{x.end:g}" y1="7.5" y2="7.5" stroke-dasharray="3 3"/>'
+        f'<text class="tick" x="{x.end - 24:g}" y="11" text-anchor="end">dense {value:.4g}</text>'
     )
 
 
@@ -218,7 +219,7 @@ def _legend(names: Sequence[str]) -> str:
     body, right = "", WIDTH - _RIGHT
     for index in reversed(range(len(names))):
         body += f'<text class="tick" x="{right:g}" y="26" text-anchor="end">{escape(names[index])}</text>'
-        right -= 5.9 * len(names[index]) + 9
+        right -= 6.1 * len(names[index]) + 10
         body += f'<circle class="dot series{index % 3}" cx="{right:g}" cy="22.5" r="3.5"/>'
         right -= 14
     return body

@@ -227,7 +227,7 @@ def test_a_trade_off_names_its_series_and_its_baseline():
     svg = charts.scatter({"x": "share", "y": "accuracy", "points": points, "dense": 0.95, "log": True}, "Trade-off")
     assert ">0.01</text>" in svg
     assert ">0.1</text>" in svg
-    assert ">dense</text>" in svg
+    assert ">dense 0.95</text>" in svg
     assert svg.count("<path") == 2
     lone = [{"x": 1, "y": 0.5, "label": name * 20} for name in "ab"]
     svg = charts.scatter({"x": "bits", "y": "accuracy", "points": lone, "joined": False}, "Runs")
@@ -283,7 +283,7 @@ def test_a_run_saves_its_own_report(tmp_path):
     assert len(record["plans"]) == 2
     assert sum(record["histograms"]["0"]["before"]) == dense.numel()
     curve = record["curves"]["0"]
-    assert [round(curve[0][0] * 128), curve[-1]] == [1, [1.0, pytest.approx(1.0)]]
+    assert [round(curve[0][0] * 128), curve[-1]] == [4, [1.0, pytest.approx(1.0)]]
     assert all(a[1] <= b[1] for a, b in itertools.pairwise(curve))
     assert record["left_dense"] == {"2": "no stage selects it"}
     page = paths[0].read_text()
