@@ -78,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "callbacks": LEAVES
     | {
+        "team",
         "store",
         "layerwise",
         "planning",

@@ -8,13 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -23,6 +30,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.distributed import Ranks, SingleProcess, all_ranks
 from lightning_obc.errors import CalibrationError, StrategyError
 
 _AVERAGING = (StochasticWeightAveraging, WeightAveraging)
@@ -111,7 +119,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     """Run the validation loop once, beside whatever is going on, and return the scalars it logs.
 
     No callback hears of it, no logger is written to, and the loops' progress, the metrics that callbacks monitor and
-    the random states stay as they were. Without a validation step or validation data the result is empty.
+    the random states stay as they were. Without a validation step or validation data the result is empty. Of several
+    ranks it is the mean.
     """
     fitting = trainer.state.fn == TrainerFn.FITTING
     owner, slot = (trainer.fit_loop.epoch_loop, "val_loop") if fitting else (trainer, "validate_loop")
@@ -125,11 +134,18 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
         setattr(owner, slot, loop)
         try:
             loop.run()
-            return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+            return _mean_over_ranks(ranks(trainer), found)
         finally:
             loop._results.reset()
             loop.teardown()
             setattr(owner, slot, original)
+
+
+def _mean_over_ranks(ranks: Ranks, figures: dict[str, float]) -> dict[str, float]:
+    """Figures that were logged without ``sync_dist`` are those of one rank's data alone."""
+    found = ranks.gather(figures)
+    return {name: sum(theirs.get(name, value) for theirs in found) / len(found) for name, value in figures.items()}
 
 
 @contextmanager
@@ -218,10 +234,42 @@ def check_strategy(trainer: Trainer) -> None:
     Raises:
         StrategyError: The strategy is not supported.
     """
-    if not isinstance(trainer.strategy, SingleDeviceStrategy):
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_data_parallel(strategy)
+    elif not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
         raise StrategyError(
             "This strategy is not supported",
-            got=type(trainer.strategy).__name__,
-            expected="a single device",
-            remedy="Trainer(devices=1)",
+            got=f"{type(strategy).__name__}{_why_not(strategy)}",
+            expected='a single device, "ddp", or ModelParallelStrategy with fully_shard',
+            remedy='Trainer(strategy="ddp"), or compress the trained checkpoint on one device',
         )
+
+
+def _why_not(strategy: Strategy) -> str:
+    """What stands in the way."""
+    if isinstance(strategy, FSDPStrategy):
+        return ", whose flat parameters hold parts of several weights"
+    if "deepspeed" in type(strategy).__name__.lower():
+        return ", whose engine owns weights and optimizer states"
+    return ""
+
+
+def _check_data_parallel(strategy: ModelParallelStrategy) -> None:
+    if strategy._tensor_parallel_size != 1:
+        raise StrategyError(
+            "Tensor parallelism is not supported",
+            got=f"ModelParallelStrategy(tensor_parallel_size={strategy._tensor_parallel_size!r})",
+            expected="tensor_parallel_size=1, and every process in data_parallel_size",
+            remedy="shard with fully_shard only, or compress the trained checkpoint on one device",
+        )
+
+
+def ranks(trainer: Trainer) -> Ranks:
+    """The processes of the trainer."""
+    return all_ranks() if trainer.world_size > 1 else SingleProcess()
+
+
+def same_path(trainer: Trainer, path: Path) -> Path:
+    """The path that rank 0 has chosen; files that it writes must not change the choice of others."""
+    return trainer.strategy.broadcast(path)

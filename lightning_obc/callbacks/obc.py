@@ -67,6 +67,9 @@ class OBCCallback(Callback):
     loader, and is drawn without disturbing the training. Batches go through ``calibration_step(batch)`` of the module
     if it has one, else through its ``forward``.
 
+    With several processes (DDP, or ``ModelParallelStrategy`` with ``fully_shard``) calibration batches and layers
+    are shared over ranks, and every rank gets the same bits. Other strategies are refused by name.
+
     Args:
         stages: What to do, in order: ``Prune``, ``Quantize`` and ``Correct`` stages.
         calibration: How much data to calibrate on.
@@ -235,7 +238,9 @@ class OBCCallback(Callback):
         self._averages.apply_()
         follow(trainer, self._state.timetable, self._state.watch, validation=False)
         figures = model_figures(pl_module, self._state.held.layers)
-        pl_module.log_dict({**figures, "obc/stage": float(len(self._state.timetable.done))})
+        figures |= {"obc/stage": float(len(self._state.timetable.done))}
+        # Every rank has the same figures; their mean over ranks is what Lightning asks for at the end of an epoch.
+        pl_module.log_dict(figures, sync_dist=trainer.world_size > 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._averages.transferred_(self._state.held)
@@ -346,6 +351,7 @@ class OBCCallback(Callback):
         self, module: LightningModule, stage: Correct, collect: Collector, dense: Optional[DenseReference]
     ) -> None:
         options: dict[str, Any] = {"dense": dense, "forward": collect.forward, "progress": collect.progress}
+        options["ranks"] = collect.ranks
         reports = self._state.reports
         report = correct_after(module, stage, collect.batches, reports, on_failure=self.on_failure, **options)
         self._state.held.apply_()
@@ -376,7 +382,7 @@ class OBCCallback(Callback):
             module.print("\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
             self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
         if self.save_checkpoint and not compat.fast_dev_run(trainer):
-            self.checkpoint_path = self._path(trainer)
+            self.checkpoint_path = compat.same_path(trainer, self._path(trainer))
             trainer.save_checkpoint(self.checkpoint_path)
             module.print(f"compressed checkpoint: {self.checkpoint_path}")
             if self.save_report and trainer.is_global_zero and self.report is not None:

@@ -20,10 +20,12 @@ from lightning_obc.callbacks.plateau import PlateauWatch, monitored
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import DenseReference, dense_references
 from lightning_obc.correction_spec import Correct
+from lightning_obc.distributed import all_or_none
 from lightning_obc.errors import ExportError, ScheduleError, UnsupportedLayerError
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
+from lightning_obc.team import begin_together
 
 
 class Staged(Protocol):
@@ -157,10 +159,13 @@ def collector(trainer: Trainer, module: LightningModule, spec: Calibration, disp
             return call_forward(model, batch)
 
     batches = calibration_batches(compat.calibration_source(trainer), spec)
-    return Collector(module, batches, spec, forward=forward, progress=display.update)
+    return Collector(module, batches, spec, forward=forward, progress=display.update, ranks=compat.ranks(trainer))
 
 
 def references(collect: Collector, stages: Sequence[Stage]) -> list[DenseReference | None]:
     """What each of the stages that run at one time needs of the model as it is before the first of them."""
-    found = dense_references(collect.model, stages, collect.batches, forward=collect.forward, progress=collect.progress)
+    options: dict[str, Any] = {"forward": collect.forward, "progress": collect.progress, "ranks": collect.ranks}
+    with all_or_none(collect.ranks):
+        begin_together(collect.model, collect.ranks)
+        found = dense_references(collect.model, stages, collect.batches, **options)
     return [found.get(index) for index in range(len(stages))]

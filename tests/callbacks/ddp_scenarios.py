@@ -1,0 +1,124 @@
+"""What every rank of a DDP test does; see ``processes.py``. Without ``OBC_TEST_RANKS``, the same on one device."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DDPStrategy
+from small import Small, loader, quiet_trainer, weights
+from torch import nn
+
+import lightning_obc as obc
+from lightning_obc.errors import NonFiniteError, RankError
+
+CALIBRATION = obc.Calibration(samples=44, batch_size=8)
+
+
+def trainer(*callbacks: Any, **options: Any) -> Trainer:
+    size = int(os.environ.get("OBC_TEST_RANKS", "1"))
+    if size > 1:
+        options |= {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))}
+    return quiet_trainer(os.environ["OBC_TEST_FOLDER"], *callbacks, devices=size, **options)
+
+
+def small(**options: Any) -> Small:
+    torch.manual_seed(0)
+    return Small(**options)
+
+
+def result(module: LightningModule, callback: obc.OBCCallback) -> dict[str, Any]:
+    report = callback.report
+    assert report is not None
+    return {
+        "weights": weights(module),
+        "losses": {name: layer.loss for name, layer in report.layers.items()},
+        "samples": [stage.samples for stage in report.stages],
+        "work": [[vars(share) for share in stage.work] for stage in report.stages],
+        "figures": dict(report.figures),
+        "masks": {name: layer.mask for name, layer in callback._state.held.layers.items()},
+        "checkpoint": callback.checkpoint_path,
+    }
+
+
+def validated(stages: list[Any], calibration: obc.Calibration = CALIBRATION, **options: Any) -> dict[str, Any]:
+    """Compress an untrained model in ``trainer.validate``, so that one device starts from the same weights."""
+    module, callback = small(), obc.OBCCallback(stages, calibration=calibration, verbose=False, **options)
+    trainer(callback).validate(module, [loader(1, shuffle=False)], verbose=False)
+    return result(module, callback)
+
+
+class Source(Small):
+    """Has a calibration loader of its own, for ``trainer.validate``."""
+
+    def calibration_dataloader(self) -> Any:
+        return loader(2)
+
+
+def small_source() -> Source:
+    torch.manual_seed(0)
+    return Source()
+
+
+def agreement() -> dict[str, Any]:
+    """The same recipe with any number of ranks."""
+    stages = [
+        obc.Prune(0.5, at="validate", damping="auto"),
+        obc.Quantize(4, at="validate"),
+        obc.Correct("statistics", at="validate"),
+    ]
+    module = small_source()
+    callback = obc.OBCCallback(stages, calibration=CALIBRATION, verbose=False)
+    trainer(callback).validate(module, loader(1, shuffle=False), verbose=False)
+    return result(module, callback)
+
+
+def fit() -> dict[str, Any]:
+    """Pruning in the middle of training, quantization and batch-norm reset at its end, behind compiled modules."""
+    stages = [obc.Prune("2:4", at={"epoch": 1}, layers=["conv"]), obc.Quantize(4), obc.Correct("batch_norm")]
+    folder = Path(os.environ["OBC_TEST_FOLDER"])
+    module = small(optimizer=torch.optim.SGD, lr=0.1, momentum=0.9)
+    module.conv = torch.compile(module.conv, backend="eager")  # type: ignore[assignment]
+    callback = obc.OBCCallback(stages, calibration=CALIBRATION, store=folder / "solved")
+    logger = CSVLogger(folder)
+    run = trainer(callback, max_epochs=3, logger=logger, enable_checkpointing=True)
+    run.fit(module, loader(0), loader(1, shuffle=False))
+    return result(module, callback)
+
+
+def failures() -> dict[str, Any]:
+    """A batch that is not finite on one rank only; weights that one rank alone has changed."""
+    found: dict[str, Any] = {}
+
+    class Broken(Source):
+        def calibration_step(self, batch: Any) -> Any:
+            factor = float("nan") if self.global_rank == 1 else 1.0
+            return self(batch[0] * factor)
+
+    class Other(Source):
+        def setup(self, stage: str) -> None:
+            self.fc.bias.data += self.global_rank
+
+        def on_validation_start(self) -> None:
+            nn.init.constant_(self.fc.bias, float(self.global_rank))
+
+    for name, kind in (("broken", Broken), ("other", Other)):
+        torch.manual_seed(0)
+        module = kind()
+        callback = obc.OBCCallback([obc.Prune(0.5, at="validate")], calibration=CALIBRATION, verbose=False)
+        try:
+            trainer(callback).validate(module, loader(1, shuffle=False), verbose=False)
+        except (NonFiniteError, RankError) as error:
+            found[name] = f"{type(error).__name__}: {error}"
+        found[f"{name} is dense"] = bool((module.conv.weight != 0).all())
+    return found
+
+
+def two_ranks() -> dict[str, Any]:
+    """All scenarios in one start of the processes, which takes longer than they do."""
+    return {"agreement": agreement(), "fit": fit(), "failures": failures()}

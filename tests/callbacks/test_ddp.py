@@ -1,0 +1,93 @@
+"""DDP with processes of their own (gloo, CPU); what ranks do without a Trainer is in ``tests/test_ranks.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ddp_scenarios
+import pytest
+import torch
+from processes import run_processes
+from small import Small, is_two_four, levels
+
+import lightning_obc as obc
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OBC_TEST_FOLDER", str(tmp_path_factory.mktemp("alone")))
+        patch.delenv("OBC_TEST_RANKS", raising=False)
+        return ddp_scenarios.agreement()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two")
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> list[dict[str, Any]]:
+    return run_processes("ddp_scenarios", "two_ranks", 2, folder)
+
+
+def check_agreement(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    for key, value in alone["weights"].items():
+        assert all(torch.equal(rank["weights"][key], ranks[0]["weights"][key]) for rank in ranks), key
+        torch.testing.assert_close(ranks[0]["weights"][key], value, rtol=1e-3, atol=1e-5)
+    same = [(alone["masks"][name] == mask).flatten() for name, mask in ranks[0]["masks"].items()]
+    assert torch.cat(same).double().mean() >= 0.999
+    assert alone["samples"] == ranks[0]["samples"] == [44, 44]
+    assert ranks[0]["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert all(rank["losses"] == ranks[0]["losses"] and rank["figures"] == ranks[0]["figures"] for rank in ranks)
+    assert ranks[0]["figures"]["val_loss"] == pytest.approx(alone["figures"]["val_loss"], rel=1e-4)
+    # Two layers: with two ranks each has one of them, and more than two have no more to do.
+    for stage in ranks[0]["work"]:
+        assert sorted(share["layers"] for share in stage) == [0] * (len(ranks) - 2) + [1, 1]
+
+
+def test_two_ranks_agree_with_one_device(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    check_agreement(alone, [rank["agreement"] for rank in two])
+
+
+@pytest.mark.slow
+def test_four_ranks_agree_with_one_device(alone: dict[str, Any], tmp_path: Path) -> None:
+    check_agreement(alone, run_processes("ddp_scenarios", "agreement", 4, tmp_path))
+
+
+def test_stages_in_training(two: list[dict[str, Any]], folder: Path) -> None:
+    first, second = (rank["fit"] for rank in two)
+    assert all(torch.equal(second["weights"][key], value) for key, value in first["weights"].items())
+    conv, fc = (first["weights"][key] for key in ("conv._orig_mod.weight", "fc.weight"))
+    assert is_two_four(conv)
+    assert (conv != 0).any()
+    assert levels(conv) <= 16
+    assert levels(fc) <= 16
+    assert all(loss > 0 for loss in first["losses"].values())
+    assert list(first["losses"]) == ["conv", "fc"]
+    # One checkpoint, one store and one log for all ranks, tables and plans printed once.
+    assert first["checkpoint"] == second["checkpoint"]
+    checkpoint = torch.load(first["checkpoint"], weights_only=True)
+    plain = Small()
+    plain.load_state_dict({key.replace("_orig_mod.", ""): value for key, value in checkpoint["state_dict"].items()})
+    assert torch.equal(plain.conv.weight, conv)
+    assert len(list(folder.glob("solved/stage*.safetensors"))) == 3
+    assert "Plan of" in two[0]["output"]
+    assert "Plan of" not in two[1]["output"]
+    assert "self.log('obc" not in two[0]["output"]  # Lightning's advice to reduce over ranks
+
+
+def test_a_failure_or_a_difference_on_one_rank_stops_all_with_a_name(two: list[dict[str, Any]]) -> None:
+    for rank in two:
+        found = rank["failures"]
+        assert found["broken"].startswith("NonFiniteError")
+        assert "conv" in found["broken"]
+        assert found["other"].startswith("RankError: The ranks hold different parameters. Got: fc.bias")
+        assert found["broken is dense"]
+        assert found["other is dense"]
+
+
+def test_public_name_of_the_ranks() -> None:
+    ranks = obc.all_ranks()
+    assert (ranks.rank, ranks.size) == (0, 1)
