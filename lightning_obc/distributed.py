@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_obc.errors import OBCError, RankError
 
@@ -183,9 +184,27 @@ def _portable(error: Exception | None, rank: int) -> OBCError | None:
     )
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """True for a parameter of which every rank holds a part (DTensor)."""
+    return hasattr(tensor, "full_tensor")
+
+
+def reshard_(model: nn.Module) -> None:
+    """Parameters that ``fully_shard`` has gathered for a forward pass are sharded again: what is written into gathered
+    ones would be lost."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def digest(tensor: Tensor) -> str:
     """A short hash of a tensor's bits."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    # A copy: numpy's view would make the storage of a parameter one that cannot be resized, which sharding does.
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).clone()
     return hashlib.sha256(values.numpy().data).hexdigest()[:32]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_obc.distributed import Ranks, all_or_none, check_same, exchange
+from lightning_obc.distributed import Ranks, all_or_none, check_same, exchange, is_sharded, reshard_
 from lightning_obc.obs import LayerSolution
 from lightning_obc.obs.parts import solution_from_parts, solution_parts
 from lightning_obc.report import RankWork
@@ -92,6 +92,7 @@ def begin_together(model: nn.Module, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
+    reshard_(model)
     check_same(ranks, _unsharded(dict(model.named_parameters())), "parameters")
     with torch.no_grad():
         # Ranks that train together keep running statistics of their own data; those of rank 0 are what is saved.
@@ -124,11 +125,6 @@ def same_on_all(model: nn.Module, ranks: Ranks | None) -> Iterator[None]:
 
 def _unsharded(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """True for a parameter of which every rank holds a part (DTensor)."""
-    return hasattr(tensor, "full_tensor")
 
 
 @dataclass

@@ -15,7 +15,7 @@ from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.isolation import undisturbed as undisturbed
 from lightning_obc.calibration.source import numbered_part
 from lightning_obc.calibration.statistic import HessianAccumulator
-from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange
+from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange, is_sharded
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError, OBCError
 from lightning_obc.hessian import Hessian
 
@@ -61,7 +61,8 @@ def collect_hessians(
         progress: Called as ``progress(description, batches done, batches in all)`` after every batch; 0 in all when
             the number is not known.
         on_host: Names of the layers whose sums live in host memory, and are brought to the device for every update.
-        ranks: Processes that share the batches; all of them call this function with the same arguments.
+        ranks: Processes that share the batches; all of them call this function with the same arguments. Where the
+            model's parameters are sharded, ranks without a batch of their own run one for the others, uncounted.
         owners: The rank that gets the statistic of a layer, by its name; None gives all statistics to all ranks.
         positions: Positions (of a feature map, or tokens) of every sample that are used in one call of a layer, at
             most, drawn at random; the statistic is then an unbiased estimate. None uses all.
@@ -86,6 +87,7 @@ def collect_hessians(
         },
         ranks,
     )
+    gathering.in_step = any(map(is_sharded, model.parameters()))
     inputs = LayerInputs(layers, gathering.update)
     with all_or_none(gathering.ranks), traceless(model), inputs.watched(model):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
@@ -120,8 +122,12 @@ class Gathering(Generic[Accumulator]):
         self.statistics, self.unfit = statistics, unfit
         self.ranks = ranks or SingleProcess()
         self.reached: set[str] = set()
+        # All ranks run as many batches, as the parts of a sharded model have to; and this one is not counted.
+        self.in_step = self.idle = False
 
     def update(self, name: str, module: nn.Module, x: Tensor) -> None:
+        if self.idle:
+            return
         self.reached.add(name)
         self.statistics[name].update(x, module)
 
@@ -131,17 +137,22 @@ class Gathering(Generic[Accumulator]):
         for current in range(rounds):
             if hasattr(batches, "set_round"):
                 batches.set_round(current)
-            samples = 0
+            samples = index = 0
+            last: Any = None
             for found in numbered_part(batches, rank, size):
-                samples += found.size
+                samples, index = samples + found.size, found.index
                 if found.index % size != rank:
                     continue
-                mask, count = token_mask_of(found.batch), batch_size_of(found.batch)
+                last, mask, count = found.batch, token_mask_of(found.batch), batch_size_of(found.batch)
                 for statistic in self.statistics.values():
                     statistic.begin_batch(count, start=found.start, batch_index=found.index, token_mask=mask)
                 yield found.batch
             if samples == 0:
                 raise _nothing(current, batches)
+            if self.in_step and index % size < rank:
+                self.idle = True
+                yield next(iter(batches)) if last is None else last
+                self.idle = False
         if hasattr(batches, "set_round"):
             batches.set_round(0)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.distributed import reshard_
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = False
         yield
     finally:
+        reshard_(model)
         for module, flag in zip(modules, training, strict=True):
             module.training = flag
         for module, name, buffer, value in buffers:

@@ -20,8 +20,9 @@ from lightning_obc.callbacks.plateau import PlateauWatch, monitored
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import DenseReference, dense_references
 from lightning_obc.correction_spec import Correct
-from lightning_obc.distributed import all_or_none
-from lightning_obc.errors import ExportError, ScheduleError, UnsupportedLayerError
+from lightning_obc.distributed import all_or_none, is_sharded
+from lightning_obc.errors import ExportError, ScheduleError, StrategyError, UnsupportedLayerError
+from lightning_obc.layers import LayerPart, select_layers
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
 from lightning_obc.pipeline import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
@@ -32,6 +33,7 @@ class Staged(Protocol):
     """What is asked of a callback here."""
 
     stages: list[Any]
+    calibration: Calibration
 
 
 def edges(trainer: Trainer, module: LightningModule, spec: Calibration, stages: Sequence[Stage]) -> Edges | None:
@@ -51,6 +53,7 @@ def checked_plans(
     if not stages:
         return
     check_schedule(module, stages, edges)
+    check_sharded(module, stages, callback.calibration)
     for stage in stages:
         plan_stage(module, stage, edges=edges)
     _check_holdable(module, stages, edges)
@@ -65,6 +68,33 @@ def checked_plans(
                     expected="each layer in one callback",
                     remedy="put all stages into one OBCCallback, or choose different layers",
                 )
+
+
+def check_sharded(module: nn.Module, stages: Sequence[Stage], spec: Calibration) -> None:
+    """Refuse what is not possible while every rank holds only parts of the parameters.
+
+    Raises:
+        StrategyError: A calibration mode, correction or way to train on that needs whole parameters.
+    """
+    sharded = {id(parameter) for parameter in module.parameters() if is_sharded(parameter)}
+    if not sharded:
+        return
+    found = [f"Calibration(mode={spec.mode!r})"] if spec.paired else []
+    found += ["Calibration(bias=True)"] if spec.bias else []
+    for stage in stages:
+        if isinstance(stage, Correct) and stage.method != "batch_norm":
+            found.append(str(stage))
+        elif not isinstance(stage, Correct):
+            layers = select_layers(module, stage.layers, stage.exclude).items()
+            found += [name for name, layer in layers if isinstance(layer, LayerPart) and id(layer.weight) in sharded]
+            found += [f'{stage} with after="train"'] if getattr(stage, "after", "") == "train" else []
+    if found:
+        raise StrategyError(
+            "Not possible while the parameters are sharded over ranks",
+            got=", ".join(dict.fromkeys(found)),
+            expected='independent calibration of whole weights, frozen grids, Correct("batch_norm")',
+            remedy='Trainer(strategy="ddp"), or compress the trained checkpoint on one device',
+        )
 
 
 def _layers(module: nn.Module, stages: Sequence[Stage], edges: Edges | None) -> set[str]:
@@ -165,6 +195,7 @@ def collector(trainer: Trainer, module: LightningModule, spec: Calibration, disp
 def references(collect: Collector, stages: Sequence[Stage]) -> list[DenseReference | None]:
     """What each of the stages that run at one time needs of the model as it is before the first of them."""
     options: dict[str, Any] = {"forward": collect.forward, "progress": collect.progress, "ranks": collect.ranks}
+    check_sharded(collect.model, stages, collect.spec)
     with all_or_none(collect.ranks):
         begin_together(collect.model, collect.ranks)
         found = dense_references(collect.model, stages, collect.batches, **options)

@@ -23,7 +23,7 @@ from lightning_obc.correction.passes import (
     shared,
 )
 from lightning_obc.correction.result import CorrectedLayer, CorrectionReport
-from lightning_obc.distributed import Ranks, exchange
+from lightning_obc.distributed import Ranks, exchange, is_sharded
 from lightning_obc.errors import CalibrationError, LayerNotFoundError, LayerNotReachedError, NonFiniteError, SpecError
 
 
@@ -56,7 +56,8 @@ def reset_batch_norm(
         exclude: Entries of the same kinds to leave out.
         forward: ``forward(model, batch)`` runs one batch; None means the model's own way.
         progress: Called as ``progress(description, completed, total)``.
-        ranks: Processes that share the batches, or, with a momentum, all run all of them; None for a single process.
+        ranks: Processes that share the batches, or all run all of them (with a momentum, or when the model's parameters
+            are sharded); None for a single process.
 
     Raises:
         EmptyCalibrationError: There are no batches.
@@ -70,8 +71,9 @@ def reset_batch_norm(
     started = time.perf_counter()
     norms, skipped = tracking_layers(norm_layers(model, layers, exclude))
     done, measured = 0, {}
-    # A moving average depends on the order of the batches.
-    sharing = ranks if momentum is None else None
+    # A moving average depends on the order of the batches, and the parts of a sharded model run the same ones.
+    alone = momentum is not None or any(map(is_sharded, model.parameters()))
+    sharing = None if alone else ranks
     total = -(-count_batches(batches, batches_limit) // (1 if sharing is None else sharing.size))
     with torch.no_grad(), quiet(model), _training(norms, momentum) as counts:
         for done, batch in enumerate(shared(batches, batches_limit, sharing), start=1):

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from small import Small, loader, quiet_trainer, weights
 from torch import nn
 
 import lightning_obc as obc
-from lightning_obc.errors import NonFiniteError, RankError
+from lightning_obc.callbacks.passes import check_sharded
+from lightning_obc.errors import NonFiniteError, RankError, StrategyError
 
 CALIBRATION = obc.Calibration(samples=44, batch_size=8)
 
@@ -121,4 +122,56 @@ def failures() -> dict[str, Any]:
 
 def two_ranks() -> dict[str, Any]:
     """All scenarios in one start of the processes, which takes longer than they do."""
-    return {"agreement": agreement(), "fit": fit(), "failures": failures()}
+    return {"agreement": agreement(), "fit": fit(), "failures": failures(), "sharded": sharded()}
+
+
+class Sharded(Source):
+    """Its parameters are sharded over ranks by ``fully_shard``."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            mesh = self.device_mesh["data_parallel"]
+            fully_shard(self.conv, mesh=mesh)
+            fully_shard(self, mesh=mesh)
+
+
+def sharded() -> dict[str, Any]:
+    """Five batches for two ranks; zeros and a frozen grid that must hold while the shards are trained."""
+    stages = [
+        obc.Prune("2:4", at="train_start", layers=["conv"]),
+        obc.Quantize(4, at={"epoch": 1}, layers=["conv"]),
+        obc.Quantize(4, layers=["fc"]),
+        obc.Correct("batch_norm"),
+    ]
+    size, options = int(os.environ.get("OBC_TEST_RANKS", "1")), {}
+    if size > 1:
+        options["strategy"] = ModelParallelStrategy(
+            data_parallel_size=size, tensor_parallel_size=1, process_group_backend="gloo", timeout=timedelta(seconds=60)
+        )
+    torch.manual_seed(0)
+    module = Sharded(torch.optim.SGD, lr=0.1, momentum=0.9)
+    callback = obc.OBCCallback(stages, calibration=obc.Calibration(samples=40, batch_size=8))
+    run = quiet_trainer(os.environ["OBC_TEST_FOLDER"], callback, devices=size, max_epochs=3, **options)
+    run.fit(module, loader(0), loader(1, shuffle=False))
+    report, state = callback.report, module.state_dict()
+    assert report is not None
+    refused = {}
+    for name, stage, calibration in (
+        ("mode", obc.Prune(0.5), obc.Calibration(mode="sequential")),
+        ("correction", obc.Correct("statistics"), CALIBRATION),
+        ("after", obc.Quantize(4, after="train"), CALIBRATION),
+    ):
+        try:
+            check_sharded(module, [stage], calibration)
+        except StrategyError as error:
+            refused[name] = str(error)
+    return {
+        "weights": {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state.items()},
+        "sharded": [key for key, value in state.items() if hasattr(value, "full_tensor")],
+        "losses": [{layer.name: layer.loss for layer in stage.layers} for stage in report.stages],
+        "samples": [stage.samples for stage in report.stages],
+        "refused": refused,
+        "checkpoint": callback.checkpoint_path,
+    }

@@ -19,7 +19,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OBC_TEST_FOLDER", str(tmp_path_factory.mktemp("alone")))
         patch.delenv("OBC_TEST_RANKS", raising=False)
-        return ddp_scenarios.agreement()
+        return {"agreement": ddp_scenarios.agreement(), "sharded": ddp_scenarios.sharded()}
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def check_agreement(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
 
 
 def test_two_ranks_agree_with_one_device(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
-    check_agreement(alone, [rank["agreement"] for rank in two])
+    check_agreement(alone["agreement"], [rank["agreement"] for rank in two])
 
 
 @pytest.mark.slow
 def test_four_ranks_agree_with_one_device(alone: dict[str, Any], tmp_path: Path) -> None:
-    check_agreement(alone, run_processes("ddp_scenarios", "agreement", 4, tmp_path))
+    check_agreement(alone["agreement"], run_processes("ddp_scenarios", "agreement", 4, tmp_path))
 
 
 def test_stages_in_training(two: list[dict[str, Any]], folder: Path) -> None:
@@ -76,6 +76,21 @@ def test_stages_in_training(two: list[dict[str, Any]], folder: Path) -> None:
     assert "Plan of" in two[0]["output"]
     assert "Plan of" not in two[1]["output"]
     assert "self.log('obc" not in two[0]["output"]  # Lightning's advice to reduce over ranks
+
+
+def test_parameters_that_are_sharded_by_fully_shard(two: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    first, second = (rank["sharded"] for rank in two)
+    assert "conv.weight" in first["sharded"]
+    assert "fc.weight" in first["sharded"]
+    assert all(torch.equal(second["weights"][key], value) for key, value in first["weights"].items())
+    assert is_two_four(first["weights"]["conv.weight"])
+    assert levels(first["weights"]["conv.weight"]) <= 16
+    assert levels(first["weights"]["fc.weight"]) <= 16
+    assert first["samples"] == [40, 40, 40]
+    # The first stage comes before the first step of training, from the weights that one device has too.
+    assert first["losses"][0] == pytest.approx(alone["sharded"]["losses"][0], rel=1e-4)
+    assert set(first["refused"]) == {"mode", "correction", "after"}
+    assert first["checkpoint"].exists()
 
 
 def test_a_failure_or_a_difference_on_one_rank_stops_all_with_a_name(two: list[dict[str, Any]]) -> None:
