@@ -16,7 +16,8 @@ from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.memory import on_host
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
-from lightning_obc.distributed import Ranks, SingleProcess, exchange
+from lightning_obc.calibration.source import own_part
+from lightning_obc.distributed import Ranks, SingleProcess, exchange, is_sharded
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, OBCError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for
@@ -113,12 +114,14 @@ class Collector:
         return exchange(self.ranks, mine)[0]
 
     def visit(self, run: Callable[[Iterable[Any]], Any]) -> Any:
-        """One more pass: call ``run`` with the batches.
+        """One more pass: call ``run`` with this rank's batches; with all of them where parameters are sharded.
 
         Raises:
             CalibrationError: They can be iterated only once, and have been.
         """
-        return self._counted(run)
+        if any(map(is_sharded, self.model.parameters())):
+            return self._counted(run)
+        return self._counted(lambda batches: run(own_part(batches, self.ranks.rank, self.ranks.size)))
 
     @property
     def _options(self) -> dict[str, Any]:

@@ -135,6 +135,13 @@ def numbered_part(batches: Iterable[Any], rank: int, size: int) -> Iterator[Numb
     return _numbered(batches)
 
 
+def own_part(batches: Iterable[Any], rank: int, size: int) -> Iterable[Any]:
+    """The batches of one round that are this rank's own."""
+    if size == 1:
+        return batches
+    return (found.batch for found in numbered_part(batches, rank, size) if found.index % size == rank)
+
+
 def _numbered(batches: Iterable[Any]) -> Iterator[Numbered]:
     start = 0
     for index, batch in enumerate(batches):
