@@ -46,6 +46,7 @@ PRUNERS: dict[str, Callable[..., LayerSolution]] = {
 }
 # What refinement is compared with: the paper's algorithm.
 BASELINE = {"bits": GREEDY, "pattern": OBS}
+UNDAMPED = ("nearest", "magnitude")
 OURS = (GREEDY, OBS, REFINED)
 Row = dict[str, Any]
 
@@ -67,7 +68,8 @@ def _level(layer: Layer, level: Any, solvers: dict[str, Callable[..., LayerSolut
     for name, solver in (*solvers.items(), (REFINED, solvers[OBS])):
         options = {"refine": True} if name == REFINED else {}
         started = time.perf_counter()
-        solution = solver(layer.weight, layer.calibration, level, channels=layer.channels, damping=damping, **options)
+        share = 0.01 if name in UNDAMPED else damping
+        solution = solver(layer.weight, layer.calibration, level, channels=layer.channels, damping=share, **options)
         if name == BASELINE[kind]:
             damping = solution.status.damping
         yield _row(layer, kind, level, name, solution, time.perf_counter() - started)

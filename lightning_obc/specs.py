@@ -212,6 +212,12 @@ class Prune(Stage):
         _check_choice("misfit", self.misfit, get_args(Misfit))
         _check_choice("backend", self.backend, BACKENDS)
         _check_schedule(self)
+        if isinstance(self.parsed, (Block, Structured)) and self.backend in ("numba", "triton"):
+            raise SpecError(
+                "A backend cannot solve this pattern",
+                got=f"backend={self.backend!r} for {self.parsed}",
+                expected='"auto" or "torch"',
+            )
         check_solver(self.solver, self.refine, quantize=False)
         check_refinable(self.parsed, parse_refine(self.refine))
         _check_choice("edges", self.edges, ("same", "skip"))

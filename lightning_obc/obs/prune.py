@@ -59,7 +59,8 @@ def prune(
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
         refine: Swap kept for removed weights afterwards (unstructured and N:M). With the two-half statistic each row
             is refined only as far as the other half agrees.
-        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``.
+        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; blocks have only ``"torch"`` and
+            ``"naive"``, structured patterns only ``"torch"``.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -68,7 +69,7 @@ def prune(
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
     """
     pattern = parse_pattern(pattern)
-    backend = obs_sweep.resolve_backend(backend, weight.device.type)
+    backend = _resolve_backend(backend, weight.device.type, pattern)
     channels = check_channels(weight.shape[-1], channels)
     check_fit(pattern, channels, misfit)
 
@@ -91,6 +92,12 @@ def prune(
     return refine_mask(
         solution, greedy, hessian, choose, refinement, column_group=column_group, memory_budget=memory_budget
     )
+
+
+def _resolve_backend(backend: str, device_type: str, pattern: Pattern) -> str:
+    if isinstance(pattern, (Block, Structured)):
+        return obs_sweep.resolve_torch(backend, device_type, str(pattern), naive=isinstance(pattern, Block))
+    return obs_sweep.resolve_backend(backend, device_type)
 
 
 def check_channels(columns: int, channels: int | None) -> int:

@@ -35,16 +35,16 @@ def structured_order(problem: Problem, channels: int, steps: int) -> tuple[Tenso
     order, losses = [], []
     scores = _scores(weight, inverse, members, gone, bad)
     for _ in range(steps):
-        flat = scores.argmin()
-        # Indices stay on the device, so that no step waits for it.
-        group, channel = (flat // channels).reshape(1), (flat % channels).reshape(1)
+        # Indices stay on the device and have a dimension (one without would be read), so that no step waits for it.
+        flat = scores.argmin().reshape(1)
+        group, channel = flat // channels, flat % channels
         order.append(torch.cat([group, channel]))
-        losses.append(scores.flatten()[flat])
+        losses.append(scores.flatten().index_select(0, flat)[0])
         one_weight, one_inverse = weight[group], inverse[group]
         _eliminate_(one_weight[0], one_inverse[0], members[channel][0])
         weight.index_copy_(0, group, one_weight)
         inverse.index_copy_(0, group, one_inverse)
-        gone.view(-1)[flat] = True
+        gone.view(-1).index_fill_(0, flat, True)
         scores = scores.index_copy(0, group, _scores(one_weight, one_inverse, members, gone[group], bad))
     if bool(bad):
         raise NotPositiveDefiniteError(

@@ -57,6 +57,29 @@ def resolve_backend(backend: str, device_type: str) -> str:
     return backend
 
 
+def resolve_torch(backend: str, device_type: str, what: str, *, naive: bool) -> str:
+    """The backend of a pattern that only plain torch code solves, on every device: ``"torch"``, or ``"naive"``.
+
+    Args:
+        backend: What was asked for; ``"auto"`` means ``"torch"``.
+        device_type: Where the weights are.
+        what: The pattern, for the error.
+        naive: There is an oracle as well.
+
+    Raises:
+        BackendError: Another backend was asked for by name, or the name is unknown.
+    """
+    allowed = ("torch", "naive") if naive else ("torch",)
+    if backend in BACKENDS and backend not in allowed:
+        raise BackendError(
+            "A backend cannot solve this pattern",
+            got=f"{backend!r} for {what}",
+            expected=f"'auto' or one of {allowed}",
+            remedy="use backend='auto'",
+        )
+    return "torch" if backend == "auto" else resolve_backend(backend, device_type)
+
+
 def _importable(name: str) -> bool:
     try:
         importlib.import_module(BACKENDS[name])
