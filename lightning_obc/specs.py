@@ -212,11 +212,13 @@ class Prune(Stage):
         _check_choice("misfit", self.misfit, get_args(Misfit))
         _check_choice("backend", self.backend, BACKENDS)
         _check_schedule(self)
-        if isinstance(self.parsed, (Block, Structured)) and self.backend in ("numba", "triton"):
+        allowed = {Block: ("auto", "naive", "torch", "numba"), Structured: ("auto", "torch")}
+        names = allowed.get(type(self.parsed), BACKENDS)
+        if self.backend not in names:
             raise SpecError(
                 "A backend cannot solve this pattern",
                 got=f"backend={self.backend!r} for {self.parsed}",
-                expected='"auto" or "torch"',
+                expected=f"one of {names}",
             )
         check_solver(self.solver, self.refine, quantize=False)
         check_refinable(self.parsed, parse_refine(self.refine))

@@ -79,14 +79,14 @@ def sweep_blocks(
         size: Columns of a block.
         channels: Input channels per kernel position; default ``d``. The last block of a position may be short.
         damping: Share of ``mean(diag H)`` added to the diagonal.
-        backend: As of :func:`lightning_obc.obs.sweep`; ``"triton"`` leaves blocks to torch.
+        backend: As of :func:`lightning_obc.obs.sweep`; ``"triton"`` has no blocks.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: See :func:`lightning_obc.obs.prepare`.
     """
     Block(size, 0.0)
-    backend = obs_sweep.resolve_backend(backend, weight.device.type)
+    backend = obs_sweep.block_backend(backend, weight.device.type, size)
     columns = weight.shape[-1] if channels is None else channels
     return sweep_blocks_prepared(prepare(weight, hessian, damping), size, columns, backend, memory_budget)
 

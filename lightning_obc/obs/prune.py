@@ -59,8 +59,8 @@ def prune(
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
         refine: Swap kept for removed weights afterwards (unstructured and N:M). With the two-half statistic each row
             is refined only as far as the other half agrees.
-        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; blocks have only ``"torch"`` and
-            ``"naive"``, structured patterns only ``"torch"``.
+        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; ``"triton"`` has no blocks, and
+            structured patterns have only ``"torch"``.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -95,8 +95,10 @@ def prune(
 
 
 def _resolve_backend(backend: str, device_type: str, pattern: Pattern) -> str:
-    if isinstance(pattern, (Block, Structured)):
-        return obs_sweep.resolve_torch(backend, device_type, str(pattern), naive=isinstance(pattern, Block))
+    if isinstance(pattern, Block):
+        return obs_sweep.block_backend(backend, device_type, pattern.size)
+    if isinstance(pattern, Structured):
+        return obs_sweep.resolve_among(backend, device_type, ("torch",), str(pattern))
     return obs_sweep.resolve_backend(backend, device_type)
 
 

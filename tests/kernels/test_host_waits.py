@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from triton_scenarios import Waits
 
 from lightning_obc import obs
 from lightning_obc.kernels import obs_sweep
@@ -13,7 +14,6 @@ from lightning_obc.obs.block_sweep import block_members
 from lightning_obc.obs.prune import nm_groups
 from lightning_obc.obs.structured import structured_order
 from lightning_obc.specs import NM
-from tests.kernels.triton_scenarios import Waits
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,11 @@ def blocks(problem: obs.Problem) -> object:
     columns = problem.weight.shape[-1]
     swept = obs_sweep.SweepInput(problem.weight.double(), problem.inverse, problem.damped)
     members = obs_sweep.ColumnBlocks(block_members(columns, columns, 4, CPU))
-    return obs_sweep.sweep_blocks(swept, members, memory_budget=2**28)
+    return obs_sweep.sweep_blocks(swept, members, backend="torch", memory_budget=2**28)
 
 
 SWEEPS: dict[str, Callable[[obs.Problem], object]] = {
-    "unstructured": lambda problem: obs_sweep.sweep_prune(
-        problem.sweep_input(), backend="torch", memory_budget=2**28
-    ),
+    "unstructured": lambda problem: obs_sweep.sweep_prune(problem.sweep_input(), backend="torch", memory_budget=2**28),
     "N:M": nm,
     "quantize": quantization,
     "blocks": blocks,
@@ -61,9 +59,3 @@ def test_the_host_does_not_wait_in_every_step(name: str) -> None:
         with Waits() as waits:
             SWEEPS[name](problem)
         assert len(waits.names) <= 8 + columns // 32
-
-
-@pytest.mark.parametrize("backend", ["numba", "triton"])
-@pytest.mark.parametrize("pattern", [obs.Block(4, 0.5), obs.Structured(0.5)], ids=str)
-def test_a_backend_that_does_not_solve_a_pattern_is_refused_by_name(pattern: object, backend: str) -> None:
-    pass

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from lightning_obc.kernels.obs_sweep.blocks import ColumnBlocks, block_backend, sweep_blocks
-from lightning_obc.kernels.obs_sweep.dispatch import resolve_backend, sweep_prune, sweep_quantize
+from lightning_obc.kernels.obs_sweep.dispatch import resolve_among, resolve_backend, sweep_prune, sweep_quantize
 from lightning_obc.kernels.obs_sweep.types import GridInput, NMGroups, SweepInput, SweepOutput
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SweepInput",
     "SweepOutput",
     "block_backend",
+    "resolve_among",
     "resolve_backend",
     "sweep_blocks",
     "sweep_prune",

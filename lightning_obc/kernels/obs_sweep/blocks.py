@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_obc.kernels.obs_sweep.dispatch import check_problem, resolve_backend
+from lightning_obc.kernels.obs_sweep.dispatch import check_problem, resolve_among
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
 from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import resolve_budget
@@ -42,13 +42,17 @@ class ColumnBlocks:
 
 
 def block_backend(backend: str, device_type: str, size: int) -> str:
-    """What sweeps blocks of ``size`` columns when ``backend`` is asked for: ``"naive"``, ``"torch"`` or ``"numba"``."""
-    name = resolve_backend(backend, device_type)
+    """What sweeps blocks of ``size`` columns when ``backend`` is asked for: ``"naive"``, ``"torch"`` or ``"numba"``.
+
+    Raises:
+        BackendError: ``"triton"``, which has no blocks, or a backend that cannot run there.
+    """
+    name = resolve_among(backend, device_type, ("naive", "torch", "numba"), f"blocks of {size}")
     if name == "numba":
         from lightning_obc.kernels.obs_sweep.block_compiled import LARGEST_BLOCK
 
         return "numba" if size <= LARGEST_BLOCK else "torch"
-    return "naive" if name == "naive" else "torch"
+    return name
 
 
 def sweep_blocks(

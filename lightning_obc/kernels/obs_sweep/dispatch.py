@@ -57,19 +57,18 @@ def resolve_backend(backend: str, device_type: str) -> str:
     return backend
 
 
-def resolve_torch(backend: str, device_type: str, what: str, *, naive: bool) -> str:
-    """The backend of a pattern that only plain torch code solves, on every device: ``"torch"``, or ``"naive"``.
+def resolve_among(backend: str, device_type: str, allowed: tuple[str, ...], what: str) -> str:
+    """:func:`resolve_backend` for a pattern that not every backend solves; ``"auto"`` goes to torch where it must.
 
     Args:
-        backend: What was asked for; ``"auto"`` means ``"torch"``.
+        backend: What was asked for.
         device_type: Where the weights are.
+        allowed: Backends that solve the pattern, ``"torch"`` among them.
         what: The pattern, for the error.
-        naive: There is an oracle as well.
 
     Raises:
-        BackendError: Another backend was asked for by name, or the name is unknown.
+        BackendError: Another backend was asked for by name, or see :func:`resolve_backend`.
     """
-    allowed = ("torch", "naive") if naive else ("torch",)
     if backend in BACKENDS and backend not in allowed:
         raise BackendError(
             "A backend cannot solve this pattern",
@@ -77,7 +76,8 @@ def resolve_torch(backend: str, device_type: str, what: str, *, naive: bool) -> 
             expected=f"'auto' or one of {allowed}",
             remedy="use backend='auto'",
         )
-    return "torch" if backend == "auto" else resolve_backend(backend, device_type)
+    name = resolve_backend(backend, device_type)
+    return name if name in allowed else "torch"
 
 
 def _importable(name: str) -> bool:
