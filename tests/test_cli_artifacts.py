@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
-from lightning_obc.allocation import apply_recipe
 from lightning_obc.export import load_packed, open_session, read_onnx_weights
 
 ROOT = Path(__file__).parents[1]
@@ -94,20 +92,21 @@ def test_search_writes_the_curve_and_leaves_the_model_dense(run):
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_the_recipe_makes_the_checkpoint_again(run, budget):
-    """Weights of the checkpoint from recipe, dense model and calibration data alone; batch-norm is corrected later."""
-    from lightning_obc.calibration import calibration_batches, collect_hessians
-    from lightning_obc.specs import Calibration
-
-    cli, folder, _ = run
-    model = copy.deepcopy(cli.model)
+    """Weights, batch-norm statistics and activation ranges, from recipe, dense checkpoint and calibration data."""
+    cli, folder, call = run
     point = cli.result.point(budget)
-    recipe = folder / "search" / f"{point.method}-{budget:g}.yaml"
-    settings = yaml.safe_load(recipe.read_text())["calibration"]
-    batches = calibration_batches(cli.datamodule.train_dataloader(), Calibration(**settings))
-    apply_recipe(model, recipe, lambda modules: collect_hessians(model, modules, batches))
-    saved = torch.load(folder / "search" / f"compressed-{budget:g}.ckpt", weights_only=True)
-    for name in point.profile:
-        assert torch.equal(saved["state_dict"][f"{name}.weight"], model.state_dict()[f"{name}.weight"]), name
+    cli.trainer.save_checkpoint(folder / "dense.ckpt", weights_only=True)
+    recipe, output = folder / "search" / f"{point.method}-{budget:g}.yaml", folder / f"again-{budget:g}.ckpt"
+    again = call("apply", f"--ckpt_path={folder}/dense.ckpt", f"--recipe={recipe}", f"--output={output}").result
+    assert again.figures["val_accuracy"] == pytest.approx((cli.result.dense_metric, point.metric))
+    saved, made = (
+        torch.load(path, weights_only=True) for path in (folder / "search" / f"compressed-{budget:g}.ckpt", output)
+    )
+    for key, value in saved["state_dict"].items():
+        assert torch.equal(value, made["state_dict"][key]), key
+    (ranges,), (others,) = ([state["activations"] for state in x["callbacks"].values()] for x in (saved, made))
+    assert set(ranges) == set(others) != set()
+    assert all(torch.equal(ranges[name]["scale"], others[name]["scale"]) for name in ranges)
 
 
 def test_exported_codes_are_those_of_the_checkpoint(run, onnx_files):

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
     "calibration": LEAVES | {"kernels", "layers"},
     "obs": LEAVES | {"kernels", "linalg"},
     "baselines": LEAVES | {"kernels", "linalg", "obs"},
-    "allocation": LEAVES | {"obs", "baselines", "layers", "calibration", "activations", "report"},
+    "allocation": LEAVES | {"obs", "baselines", "layers", "calibration", "activations", "correction", "report"},
     "activations": LEAVES | {"layers", "obs", "calibration"},
     "correction": LEAVES | {"layers", "obs", "calibration"},
     "export": LEAVES | {"layers", "obs", "activations"},

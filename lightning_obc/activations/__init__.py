@@ -15,7 +15,13 @@ from lightning_obc.activations.inputs import (
 )
 from lightning_obc.activations.quantizer import ActivationQuantizer
 from lightning_obc.activations.ranges import RangeObserver
-from lightning_obc.activations.stage import check_visits, input_note, quantize_inputs, quantize_stage_inputs
+from lightning_obc.activations.stage import (
+    check_visits,
+    input_note,
+    quantize_inputs,
+    quantize_stage_inputs,
+    quantizes_inputs,
+)
 
 __all__ = [
     "ActivationGrid",
@@ -32,5 +38,6 @@ __all__ = [
     "inputs_state",
     "quantize_inputs",
     "quantize_stage_inputs",
+    "quantizes_inputs",
     "unquantized",
 ]

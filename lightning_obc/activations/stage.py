@@ -28,7 +28,7 @@ def check_visits(stage: Stage, collect: object) -> None:
     Raises:
         SpecError: So it is.
     """
-    if _spec(stage) is not None and not isinstance(collect, Collector):
+    if quantizes_inputs(stage) and not isinstance(collect, Collector):
         raise SpecError(
             f"{stage} needs batches to find activation ranges on",
             got="a function that returns Hessians",
@@ -60,6 +60,12 @@ def quantize_stage_inputs(
 def input_note(stage: Stage, module: nn.Module) -> str:
     """Why a layer's input stays in floating point although its stage would quantize it; empty when it would not."""
     return f"; {_misfit(module)}" if _spec(stage) is not None else ""
+
+
+def quantizes_inputs(stage: Stage) -> bool:
+    """True when a stage, or one of its overrides, quantizes inputs of layers."""
+    overrides = getattr(stage, "overrides", {}).values()
+    return _spec(stage) is not None or any(getattr(one, "activations", None) is not None for one in overrides)
 
 
 def _spec(stage: Stage) -> ActivationGrid | None:

@@ -8,9 +8,10 @@ from lightning_obc.allocation.curve import CurvePoint, SearchResult
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.latency import LatencyTable, measure_latency
 from lightning_obc.allocation.levels import Level, block_ladder, product, unstructured_ladder
+from lightning_obc.allocation.recipe import ProfileRecipe, apply_recipe, read_recipe, run_recipe, write_recipe
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.spdy import SPDY
-from lightning_obc.allocation.stitch import apply_recipe, read_recipe, stitch, write_recipe
+from lightning_obc.allocation.stitch import stitch
 
 __all__ = [
     "SPDY",
@@ -18,6 +19,7 @@ __all__ = [
     "Database",
     "LatencyTable",
     "Level",
+    "ProfileRecipe",
     "Recipe",
     "SearchResult",
     "apply_recipe",
@@ -27,6 +29,7 @@ __all__ = [
     "measure_latency",
     "product",
     "read_recipe",
+    "run_recipe",
     "stitch",
     "unstructured_ladder",
     "write_recipe",

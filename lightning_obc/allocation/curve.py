@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +10,12 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_obc.activations import ActivationQuantizer
+from lightning_obc.allocation.corrector import Corrector
 from lightning_obc.allocation.costs import BASELINE
 from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.recipe import write_recipe
 from lightning_obc.allocation.search import Profile
-from lightning_obc.allocation.stitch import stitch, write_recipe
+from lightning_obc.allocation.stitch import stitch
 from lightning_obc.errors import BudgetError, MissingExtraError
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import charts, markdown, render
@@ -58,7 +59,7 @@ class SearchResult:
         points: One for each budget and method that found a profile, in the order of the budgets.
         database: The levels; kept as long as the result is.
         quantizer: Activation ranges, when some level needs them.
-        correct: The correction that ran after stitching.
+        corrector: The correction that ran after stitching.
         notes: Budgets that a method could not meet.
         metric_name: What the metric is called in tables and plots.
     """
@@ -69,7 +70,7 @@ class SearchResult:
     points: list[CurvePoint]
     database: Database = field(repr=False)
     quantizer: ActivationQuantizer | None = field(default=None, repr=False)
-    correct: Callable[[nn.Module], Any] | None = field(default=None, repr=False)
+    corrector: Corrector | None = field(default=None, repr=False)
     notes: list[str] = field(default_factory=list)
     metric_name: str = "metric"
 
@@ -91,8 +92,8 @@ class SearchResult:
     def apply_(self, model: nn.Module, point: CurvePoint) -> dict[str, LayerSolution]:
         """Stitch a point into the model in place, correct it, and enable its activation quantization."""
         solutions = stitch(model, self.database, point.profile, quantizer=self.quantizer)
-        if self.correct is not None:
-            self.correct(model)
+        if self.corrector is not None:
+            self.corrector(model, self.database.profile_levels(point.profile))
         return solutions
 
     @property
@@ -189,4 +190,11 @@ class SearchResult:
         for point in self.points:
             remarks = {key: value for key, value in vars(point).items() if key != "profile"}
             name = f"{point.method}-{point.budget:g}.yaml"
-            write_recipe(directory / name, self.database, point.profile, remarks=remarks | {"cost_of": self.cost_name})
+            write_recipe(
+                directory / name,
+                self.database,
+                point.profile,
+                activations=None if self.quantizer is None else self.quantizer.spec,
+                correct=None if self.corrector is None else self.corrector.stage,
+                remarks=remarks | {"cost_of": self.cost_name},
+            )

@@ -145,6 +145,14 @@ class Database:
             remedy="choose another level, or build the database again with this one",
         )
 
+    def profile_levels(self, profile: Mapping[str, str]) -> dict[str, Level]:
+        """The level of every layer under a profile; layers it does not name are dense.
+
+        Raises:
+            DatabaseError: A layer does not have its level.
+        """
+        return {name: self.level(name, profile.get(name, Level().name)) for name in self.layers}
+
     def missing(self) -> dict[str, dict[str, str]]:
         """Levels that layers cannot have, with the reason: ``{layer: {level: reason}}``."""
         return {name: dict(self.record(name).missing) for name in self.layers if self.record(name).missing}

@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
 from lightning_obc.allocation.build import build_database
+from lightning_obc.allocation.corrector import Correction, Corrector
 from lightning_obc.allocation.costs import CostName, CostTable, LevelSize, cost_table, count_positions, level_cost
 from lightning_obc.allocation.curve import CurvePoint, Method, SearchResult
 from lightning_obc.allocation.database import Database
@@ -61,7 +62,7 @@ def search(
     methods: Sequence[Method] = METHODS,
     scores: Literal["error", "sensitivity", "loss"] = "sensitivity",
     loss: Callable[[nn.Module], float] | None = None,
-    correct: Callable[[nn.Module], Any] | None = None,
+    correct: Correction | None = None,
     directory: str | Path | None = None,
     layers: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
@@ -92,7 +93,8 @@ def search(
             that increase for every level (one evaluation per layer and level).
         loss: ``loss(model)`` on calibration data, smaller is better. None means the squared error of the model's
             outputs on the calibration batches, relative to the dense model's.
-        correct: ``correct(model)`` runs after every stitching, for example a batch-norm reset.
+        correct: Runs after every stitching: a :class:`~lightning_obc.Correct` stage, whose ``at`` is ignored, or
+            ``correct(model)``, which recipes cannot name.
         directory: Where the database is kept, to be gone on with; None takes a directory that goes with the result.
         layers: Names, globs or type names; None means every supported layer.
         exclude: Names, globs or type names that stay dense.
@@ -131,7 +133,8 @@ def search(
     wanted = list(levels) if levels is not None else default_levels(cost)
     with shown(progress) as report, _dense_afterwards(model) as cleanup:
         database = _database(model, source, wanted, spec, forward, directory, layers, exclude, recipe, report)
-        setting = _Setting(model, database, source, forward, loss, correct, cleanup.restore)
+        corrector = None if correct is None else Corrector(correct, model, source, forward)
+        setting = _Setting(model, database, source, forward, loss, corrector, cleanup.restore)
         setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
         table, fixed, dense_cost = _costs(setting, cost, mask_cost, edges_at_8)
         absolute = [budget * dense_cost for budget in budgets]
@@ -151,7 +154,7 @@ def search(
             )
     cost_name = "seconds" if isinstance(cost, LatencyTable) else cost
     return SearchResult(
-        cost_name, dense_cost, dense_metric, points, database, setting.quantizer, correct, notes, metric_name
+        cost_name, dense_cost, dense_metric, points, database, setting.quantizer, corrector, notes, metric_name
     )
 
 
@@ -191,22 +194,22 @@ class _Setting:
         source: CalibrationBatches,
         forward: Forward | None,
         loss: Callable[[nn.Module], float] | None,
-        correct: Callable[[nn.Module], Any] | None,
+        corrector: Corrector | None,
         restore: Callable[[], None],
     ) -> None:
         self.model, self.database, self.source, self.forward = model, database, source, forward
         self.quantizer: ActivationQuantizer | None = None
-        self._correct, self._restore = correct, restore
+        self._corrector, self._restore = corrector, restore
         self._loss = loss if loss is not None else OutputError(model, source, forward)
 
     def evaluate(self, profile: Profile) -> float:
         """Stitch, correct, and compute the calibration loss; the model stays as the profile has it."""
-        if self._correct is not None:
+        if self._corrector is not None:
             # A correction may change anything; each starts from the dense model's state.
             self._restore()
         stitch(self.model, self.database, profile, quantizer=self.quantizer)
-        if self._correct is not None:
-            self._correct(self.model)
+        if self._corrector is not None:
+            self._corrector(self.model, self.database.profile_levels(profile))
         return float(self._loss(self.model))
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
+from lightning_obc.activations import attach, attached, detach, quantizes_inputs
 from lightning_obc.calibration import Collector, calibration_batches, call_forward
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
@@ -141,9 +142,11 @@ def whole_or_not(module: nn.Module, stage: Stage, spec: Calibration) -> Iterator
     """After an exception or an interrupt inside, the model is as it was before the stage.
 
     A checkpoint that is saved then, with a stage that counts as not run, must not hold half of it. Independent
-    calibration writes all layers at its end; what writes earlier is copied to host memory first.
+    calibration writes all layers at its end; where something is written earlier, or ranges of inputs are found later,
+    the weights are copied to host memory first.
     """
-    early = spec.paired or spec.bias or isinstance(stage, Correct)
+    early = spec.paired or spec.bias or isinstance(stage, Correct) or quantizes_inputs(stage)
+    inputs = attached(module)
     tensors = [*module.parameters(), *module.buffers()] if early else []
     saved = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     try:
@@ -152,6 +155,8 @@ def whole_or_not(module: nn.Module, stage: Stage, spec: Calibration) -> Iterator
         with torch.no_grad():
             for tensor, value in zip(tensors, saved, strict=True):
                 tensor.copy_(value)
+        detach(module)
+        attach(module, inputs)
         raise
 
 

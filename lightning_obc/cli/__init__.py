@@ -1,4 +1,4 @@
-"""``lightning-obc``: LightningCLI with ``compress``, ``search`` and ``export``; and ``report`` and ``benchmark``."""
+"""``lightning-obc``: LightningCLI with ``compress``, ``search``, ``apply``, ``export``; ``report``, ``benchmark``."""
 
 from __future__ import annotations
 

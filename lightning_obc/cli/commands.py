@@ -12,7 +12,7 @@ _DATA = {"model", "dataloaders", "datamodule"}
 
 
 class OBCCLI(LightningCLI):
-    """LightningCLI with the subcommands ``compress``, ``search`` and ``export``.
+    """LightningCLI with the subcommands ``compress``, ``search``, ``apply`` and ``export``.
 
     Attributes:
         result: What the subcommand returned.
@@ -37,7 +37,8 @@ class OBCCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The subcommands, with the arguments that do not come from the command line."""
-        return {**LightningCLI.subcommands(), "compress": _DATA, "search": _DATA, "export": _DATA}
+        own = dict.fromkeys(("compress", "search", "apply", "export"), _DATA)
+        return {**LightningCLI.subcommands(), **own}
 
     def instantiate_classes(self) -> None:
         """Make the configured objects; what a specification refuses is said without the parser's own layers."""
@@ -59,6 +60,9 @@ class OBCCLI(LightningCLI):
 
     def search(self, **kwargs: Any) -> None:
         self.result = self._trainer.search(**kwargs)
+
+    def apply(self, **kwargs: Any) -> None:
+        self.result = self._trainer.apply(**kwargs)
 
     def export(self, **kwargs: Any) -> None:
         self.result = self._trainer.export(**kwargs)

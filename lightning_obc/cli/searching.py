@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -12,43 +12,55 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_obc.allocation import SPDY, LatencyTable, Level, Recipe, SearchResult, product, unstructured_ladder
-from lightning_obc.allocation.curve import CurvePoint, Method
+from lightning_obc.allocation import (
+    SPDY,
+    LatencyTable,
+    Level,
+    Recipe,
+    SearchResult,
+    block_ladder,
+    product,
+    unstructured_ladder,
+)
+from lightning_obc.allocation.curve import Method
 from lightning_obc.allocation.latency import measure_latency
 from lightning_obc.allocation.search import check_budgets
 from lightning_obc.allocation.summary import loss_curves, point_report
 from lightning_obc.allocation.tradeoff import METHODS, default_levels, search
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
-from lightning_obc.callbacks.held import HeldLayer
-from lightning_obc.callbacks.passes import collector, references
+from lightning_obc.callbacks.passes import collector
 from lightning_obc.callbacks.recording import started_with
-from lightning_obc.callbacks.state import PREFIX, RunState
-from lightning_obc.callbacks.timetable import Timetable
-from lightning_obc.correction import run_correction
+from lightning_obc.callbacks.state import PREFIX
+from lightning_obc.cli.recipes import compression_state
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, SpecError
 from lightning_obc.export import layer_runner
 from lightning_obc.layers import is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
-from lightning_obc.obs import LayerSolution
 from lightning_obc.report import default_formats, report_record, save_report
-from lightning_obc.specs import Calibration
+from lightning_obc.specs import ActivationGrid, Calibration
 
 
 @dataclass(frozen=True)
 class Levels:
-    """Levels that a layer may take: every pattern with every pair of bit widths, and a ladder of densities.
+    """Levels that a layer may take: every pattern with every pair of bit widths, and ladders of densities.
 
     Args:
         patterns: Patterns as in ``Prune``, such as ``"2:4"`` or ``0.5``; null keeps all weights.
         bits: Pairs of bit widths of weights and activations; null leaves that side floating point.
         ladder: Smallest density of an unstructured ladder 1, 0.9, 0.81, …; null for none.
+        blocks: Smallest density of such a ladder of blocks; null for none.
+        block_size: Consecutive input channels of a block.
+        ladder_bits: Pairs of bit widths for every level of the ladders.
     """
 
     patterns: list[Union[str, int, float, None]] = field(default_factory=lambda: [None])
     bits: list[tuple[Optional[int], Optional[int]]] = field(default_factory=lambda: [(None, None)])
     ladder: Optional[float] = None
+    blocks: Optional[float] = None
+    block_size: int = 4
+    ladder_bits: list[tuple[Optional[int], Optional[int]]] = field(default_factory=lambda: [(None, None)])
 
     def __post_init__(self) -> None:
         self.make()
@@ -56,7 +68,9 @@ class Levels:
     def make(self) -> list[Level]:
         """The levels."""
         ladder = [] if self.ladder is None else unstructured_ladder(self.ladder)
-        return [*product(self.patterns, self.bits), *ladder]
+        ladder += [] if self.blocks is None else block_ladder(self.block_size, self.blocks)
+        patterns = [level.pattern for level in ladder if level.pattern is not None]
+        return [*product(self.patterns, self.bits), *product(patterns, self.ladder_bits)]
 
 
 @dataclass(frozen=True)
@@ -74,6 +88,7 @@ class SearchOptions:
     calibration: Calibration = field(default_factory=Calibration)
     spdy: Optional[SPDY] = None
     solve: Recipe = field(default_factory=Recipe)
+    activations: Optional[ActivationGrid] = None
     layers: Optional[Sequence[str]] = None
     exclude: Optional[Sequence[str]] = None
     edges_at_8: bool = False
@@ -124,13 +139,6 @@ class SearchRun(Callback):
         def metric(model: nn.Module) -> float:
             return sign * compat.evaluate(trainer)[name]
 
-        correct: Callable[[nn.Module], Any] | None = None
-        if (stage := options.correct) is not None:
-            (dense,) = references(collect, [stage])
-
-            def correct(model: nn.Module) -> Any:
-                return run_correction(model, stage, collect.batches, dense, forward=collect.forward)
-
         levels = None if options.levels is None else options.levels.make()
         cost = self._cost(module, collect.batches, collect.forward, levels)
         return search(
@@ -142,13 +150,14 @@ class SearchRun(Callback):
             levels=levels,
             methods=options.methods,
             scores=options.scores,
-            correct=correct,
+            correct=options.correct,
             directory=options.database,
             layers=options.layers,
             exclude=options.exclude,
             calibration=options.calibration,
             forward=collect.forward,
             recipe=options.solve,
+            activations=options.activations,
             edges_at_8=options.edges_at_8,
             mask_cost=options.mask_cost,
             spdy=options.spdy,
@@ -198,7 +207,9 @@ class SearchRun(Callback):
             for budget in dict.fromkeys(point.budget for point in result.points):
                 point = result.point(budget)
                 solutions = result.apply_(module, point)
-                self._state = self._saved(result, point, solutions)
+                levels = result.database.profile_levels(point.profile)
+                self._state = compression_state(levels, solutions, result.quantizer)
+                self._state |= {"profile": dict(point.profile), "budget": point.budget}
                 trainer.save_checkpoint(folder / f"compressed-{budget:g}.ckpt", weights_only=False)
                 record = report_record(
                     point_report(result, module, point, solutions),
@@ -215,16 +226,6 @@ class SearchRun(Callback):
             if result.quantizer is not None:
                 result.quantizer.disable()
             _restore(module, dense)
-
-    def _saved(self, result: SearchResult, point: CurvePoint, solutions: dict[str, LayerSolution]) -> dict[str, Any]:
-        state = RunState(Timetable([]))
-        for name, solution in solutions.items():
-            level = result.database.level(name, point.profile.get(name, Level().name))
-            if level.weights != Level():
-                mask = None if level.pattern is None else solution.mask.detach().cpu()
-                state.held.layers[name] = HeldLayer(mask, solution.grid, None, level.pattern)
-        state.inputs = {} if result.quantizer is None else result.quantizer.frozen()
-        return state.state_dict() | {"profile": dict(point.profile), "budget": point.budget}
 
 
 _COSTS = {"bops": "bit operations (BOPs)", "flops": "FLOPs", "bytes": "bytes", "seconds": "time"}

@@ -14,10 +14,11 @@ from lightning_obc.allocation import SPDY, Recipe, SearchResult
 from lightning_obc.allocation.curve import Method
 from lightning_obc.callbacks import OBCCallback
 from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format
+from lightning_obc.cli.recipes import Applied, RecipeRun
 from lightning_obc.cli.searching import Levels, SearchOptions, SearchRun
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ScheduleError
-from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+from lightning_obc.specs import ActivationGrid, Calibration, Prune, Quantize, Stage
 
 
 class OBCTrainer(Trainer):
@@ -81,6 +82,7 @@ class OBCTrainer(Trainer):
         calibration: Optional[Calibration] = None,
         spdy: Optional[SPDY] = None,
         solve: Optional[Recipe] = None,
+        activations: Optional[ActivationGrid] = None,
         layers: Optional[list[str]] = None,
         exclude: Optional[list[str]] = None,
         edges_at_8: bool = False,
@@ -111,6 +113,7 @@ class OBCTrainer(Trainer):
             calibration: How much data to calibrate on.
             spdy: Extent of SPDY's search.
             solve: How levels are solved.
+            activations: How activation ranges are found; its ``bits`` are those of the levels.
             layers: Names, globs or type names; by default every supported layer.
             exclude: Names, globs or type names that stay dense.
             edges_at_8: The first and the last layer take no level below 8 bits.
@@ -139,6 +142,7 @@ class OBCTrainer(Trainer):
             calibration=calibration or Calibration(),
             spdy=spdy,
             solve=solve or Recipe(),
+            activations=activations,
             layers=layers,
             exclude=exclude,
             edges_at_8=edges_at_8,
@@ -154,6 +158,40 @@ class OBCTrainer(Trainer):
                 self.fit(model, datamodule=datamodule)
         self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
         assert run.result is not None
+        return run.result
+
+    def apply(
+        self,
+        model: LightningModule,
+        recipe: str,
+        dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[str] = None,
+        output: Union[bool, str] = True,
+        weights_only: Optional[bool] = None,
+    ) -> Applied:
+        """Run a recipe of ``search`` on a dense model: calibrate, solve its levels, stitch, correct, and measure.
+
+        Args:
+            model: The model; its weights come from ``ckpt_path`` when that is given.
+            recipe: YAML file that a search has written.
+            dataloaders: Validation data, when there is no datamodule.
+            datamodule: Validation and calibration data.
+            ckpt_path: Checkpoint with the dense weights.
+            output: Where the compressed checkpoint goes: true for the recipe's name among the logs, a path, or false.
+            weights_only: Passed on to ``Trainer.validate``.
+
+        Returns:
+            Figures before and after, and where the checkpoint is.
+
+        Raises:
+            SpecError: The recipe cannot be read. LayerNotFoundError, PatternError: The model cannot have its levels.
+        """
+        run = RecipeRun(Path(recipe), output)
+        self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
+        assert run.result is not None
+        if run.result.checkpoint is not None:
+            print(f"compressed checkpoint: {run.result.checkpoint}")
         return run.result
 
     def export(

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
 from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.recipe import apply_recipe, read_recipe, write_recipe
 from lightning_obc.allocation.scores import activation_losses, layer_errors, sensitivity_scores, swap_losses
-from lightning_obc.allocation.stitch import apply_recipe, read_recipe, stitch, write_recipe
+from lightning_obc.allocation.stitch import stitch
 from lightning_obc.calibration import collect_hessians
 from lightning_obc.errors import DatabaseError, LayerNotFoundError, NonFiniteError, PatternError, SpecError
 from lightning_obc.layers import select_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.activations import ActivationGrid
 from lightning_obc.allocation.latency import LatencyTable
 from lightning_obc.allocation.levels import Level, product, unstructured_ladder
 from lightning_obc.allocation.output_error import OutputError
+from lightning_obc.allocation.recipe import read_recipe, run_recipe
 from lightning_obc.allocation.spdy import SPDY
-from lightning_obc.allocation.stitch import read_recipe
 from lightning_obc.allocation.tradeoff import default_levels, search
+from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import BudgetError, CalibrationError, MissingExtraError, SpecError
 from lightning_obc.specs import Calibration, IntGrid
 
@@ -72,13 +75,30 @@ def test_points_can_be_applied_and_written(model: Any, batches: list[Tensor], tm
     content = json.loads((tmp_path / "out" / "curve.json").read_text())
     assert content["baseline"] == "the dense float32 model"
     assert len(content["points"]) == len(result.points)
-    _, calibration, levels = read_recipe(tmp_path / "out" / "spdy-0.1.yaml")
-    assert {name: level.name for name, level in levels.items()} == result.point(0.1, "spdy").profile
-    assert calibration["samples"] == 1024
+    recipe = read_recipe(tmp_path / "out" / "spdy-0.1.yaml")
+    assert {name: level.name for name, level in recipe.levels.items()} == result.point(0.1, "spdy").profile
+    assert recipe.calibration["samples"] == 1024
     assert "dense float32 model" in result.table()
     assert "| budget" in (tmp_path / "out" / "curve.md").read_text()
     with pytest.raises(BudgetError, match="no such point"):
         result.point(0.2)
+
+
+def test_a_recipe_file_makes_the_same_model_of_the_dense_one(model: Any, batches: list[Tensor], tmp_path: Path) -> None:
+    """Weights, correction and quantized inputs, from the file, the dense model and the data."""
+    spec, stage = ActivationGrid(range="percentile", percentile=99.0), Correct("batch_norm", batches=2)
+    dense = copy.deepcopy(model)
+    result = run(model, batches, [0.03], methods=["dp"], correct=stage, activations=spec)
+    result.write(tmp_path)
+    result.apply_(model, result.point(0.03))
+    again = run_recipe(dense, tmp_path / "dp-0.03.yaml", batches)
+    assert again.recipe.activations == spec
+    assert again.recipe.correct == stage
+    assert again.quantizer is not None
+    assert not torch.equal(model.norm.running_mean, torch.zeros(8))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, dense.state_dict()[key]), key
+    assert torch.equal(dense(batches[0]), model(batches[0]))
 
 
 def test_flops_of_a_profile_are_those_of_the_stitched_model(model: Any, batches: list[Tensor]) -> None:

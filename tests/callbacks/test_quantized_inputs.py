@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 from small import Small, loader, quiet_trainer, same, weights
 
 import lightning_obc as obc
-from lightning_obc.activations import attached
+from lightning_obc.activations import ActivationQuantizer, attached
 from lightning_obc.callbacks import OBCCallback
+from lightning_obc.errors import CalibrationError
 
 SPEC = obc.Calibration(samples=16)
 
@@ -82,3 +84,20 @@ def test_a_resumed_run_has_the_ranges_and_the_weights_of_an_uninterrupted_one(tm
         assert attached(module) == {}
         trainer.validate(module, loader(1, shuffle=False), ckpt_path=tmp_path / "epoch1.ckpt", verbose=False)
         assert set(attached(module)) == {"conv", "fc"}
+
+
+def test_ranges_that_cannot_be_found_leave_no_half_of_a_stage(tmp_path, monkeypatch):
+    """Weights are written before ranges are found: a failure there takes them back."""
+    module, data = Small(), loader(shuffle=False)
+    before = weights(module)
+
+    def fail(self):
+        raise CalibrationError("no range")
+
+    monkeypatch.setattr(ActivationQuantizer, "freeze", fail)
+    stage = obc.Quantize(8, at="train_start", overrides={"fc": {"activations": 8}})
+    callback = OBCCallback([stage], SPEC, verbose=False, save_checkpoint=False)
+    with pytest.raises(CalibrationError, match="no range"):
+        quiet_trainer(tmp_path, callback, max_epochs=1).fit(module, data)
+    assert same(weights(module), before)
+    assert attached(module) == {}
