@@ -95,6 +95,7 @@ def digits(out: Path, keep: Path | None) -> str:
             correct=correct,  # type: ignore[arg-type]
             spdy=SPDY(starts=20, tries=100, share=0.3, evaluations=150),
             progress=_say(f"digits {cost}"),
+            metric_name="accuracy on unseen images",
         )
         parts.append(_section(out, f"digits-{cost}", f"Digits CNN, {cost}, accuracy on 600 unseen images", result))
     with tempfile.TemporaryDirectory() as folder:
@@ -129,6 +130,7 @@ def encoder(out: Path, keep: Path | None) -> str:
         calibration=Calibration(samples=64),
         forward=lambda other, batch: other(**batch).last_hidden_state,
         progress=_say("encoder"),
+        metric_name="cosine similarity",
     )
     title = "Sentence encoder, FLOPs, cosine similarity of held-out embeddings to the dense encoder's"
     return _section(out, "encoder-flops", title, result)
@@ -158,6 +160,7 @@ def encoder_bops(out: Path, keep: Path | None) -> str:
         calibration=Calibration(samples=32),
         forward=lambda other, batch: other(**batch).last_hidden_state,
         progress=_say("encoder BOPs"),
+        metric_name="cosine similarity",
     )
     title = "Sentence encoder, BOPs, cosine similarity of held-out embeddings to the dense encoder's"
     return _section(out, "encoder-bops", title, result)

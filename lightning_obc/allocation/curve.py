@@ -13,15 +13,15 @@ from lightning_obc.activations import ActivationQuantizer
 from lightning_obc.allocation.corrector import Corrector
 from lightning_obc.allocation.costs import BASELINE
 from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.plot import COST_NAMES, LABELS, draw_curve
 from lightning_obc.allocation.recipe import write_recipe
 from lightning_obc.allocation.search import Profile
 from lightning_obc.allocation.stitch import stitch
-from lightning_obc.errors import BudgetError, MissingExtraError
+from lightning_obc.errors import BudgetError
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import charts, markdown, render
 
 Method = Literal["uniform", "dp", "spdy"]
-LABELS = {"uniform": "uniform", "dp": "dynamic programme", "spdy": "SPDY"}
 COLUMNS = ("budget", "method", "cost", "reduction", "metric", "change", "calibration loss")
 
 
@@ -54,7 +54,7 @@ class SearchResult:
 
     Attributes:
         cost_name: ``"flops"``, ``"bops"``, ``"bytes"`` or ``"seconds"``.
-        dense_cost: Cost of the dense float32 model, per sample.
+        dense_cost: Cost of the dense float32 model: operations per sample, bytes, or seconds per batch.
         dense_metric: Metric of the dense model.
         points: One for each budget and method that found a profile, in the order of the budgets.
         database: The levels; kept as long as the result is.
@@ -118,9 +118,14 @@ class SearchResult:
     @property
     def title(self) -> str:
         return (
-            f"{self.cost_name} as a share of {BASELINE} ({self.dense_cost:.4g} per sample); "
+            f"{COST_NAMES.get(self.cost_name, self.cost_name)} as a share of {BASELINE} ({self._dense_cost}); "
             f"dense {self.metric_name} {self.dense_metric:.4f}"
         )
+
+    @property
+    def _dense_cost(self) -> str:
+        unit = {"bytes": " bytes", "seconds": " s per batch"}.get(self.cost_name, " per sample")
+        return f"{self.dense_cost:.4g}{unit}"
 
     def table(self) -> str:
         """The curve as text."""
@@ -148,11 +153,11 @@ class SearchResult:
             {"x": point.budget, "y": point.metric, "label": f"{point.budget:g}", "series": LABELS[point.method]}
             for point in self.points
         ]
-        name = f"budget: {self.cost_name}, share of dense"
+        name = f"budget: {COST_NAMES.get(self.cost_name, self.cost_name)}, share of {BASELINE}"
         return {"x": name, "y": self.metric_name, "points": points, "dense": self.dense_metric, "log": True}
 
     def plot(self, path: str | Path) -> None:
-        """Draw metric against budget; the ending of the file's name chooses the format.
+        """Draw metric against cost; the ending of the file's name chooses the format.
 
         ``.svg`` is drawn with this package's own charts, everything else by matplotlib.
 
@@ -162,24 +167,7 @@ class SearchResult:
         if Path(path).suffix == ".svg":
             Path(path).write_text(charts.standalone(charts.scatter(self.chart(), "Trade-off")), encoding="utf-8")
             return
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise MissingExtraError(
-                "The curve cannot be drawn", got="no matplotlib", remedy="pip install matplotlib"
-            ) from None
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-        axes = figure.subplots()
-        for method, label in LABELS.items():
-            points = sorted((p for p in self.points if p.method == method), key=lambda p: p.budget)
-            if points:
-                axes.plot([p.budget for p in points], [p.metric for p in points], "o-", label=label)
-        axes.axhline(self.dense_metric, color="gray", linestyle=":", label="dense")
-        axes.set_xscale("log")
-        axes.set_xlabel(f"budget: {self.cost_name} as a share of {BASELINE}")
-        axes.set_ylabel(self.metric_name)
-        axes.legend()
-        figure.savefig(Path(path), dpi=150)
+        draw_curve(self.to_dict(), path)
 
     def write(self, directory: str | Path) -> None:
         """Write ``curve.json``, ``curve.md`` and one recipe YAML per point into a directory."""

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from lightning_obc.allocation.curve import LABELS, CurvePoint, SearchResult
+from lightning_obc.allocation.costs import BASELINE
+from lightning_obc.allocation.curve import CurvePoint, SearchResult
 from lightning_obc.allocation.database import Database
+from lightning_obc.allocation.plot import COST_NAMES, LABELS
 from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import CompressionReport, LayerReport, StageReport
@@ -26,13 +28,14 @@ def point_report(
         solutions: What :meth:`SearchResult.apply_` returned for it.
     """
     modules = select_layers(model)
-    stage = f"{LABELS[point.method]} at {point.budget:g} {result.cost_name}"
+    cost = COST_NAMES.get(result.cost_name, result.cost_name)
+    stage = f"{LABELS[point.method]} at {point.budget:g} of the {cost} of {BASELINE}"
     levels = {name: point.profile.get(name, "dense") for name in solutions}
     rows = [_row(name, modules[name], levels[name], solution) for name, solution in solutions.items()]
     samples = int(result.database.calibration.get("samples", 0))
     chosen = {name: solution for name, solution in solutions.items() if levels[name] != "dense"}
     metric = result.metric_name
-    figures = {metric: (result.dense_metric, point.metric), f"share of {result.cost_name}": (1.0, point.cost)}
+    figures = {metric: (result.dense_metric, point.metric), f"share of {cost}": (1.0, point.cost)}
     return CompressionReport(model, [StageReport(stage, rows, {}, chosen, samples)], unsupported_layers(model), figures)
 
 
