@@ -5,7 +5,8 @@
 ``digits`` is the example's residual CNN: FLOPs with an unstructured ladder, BOPs with 2:4 and 8 to 2 bits, measured on
 the 600 images that neither training nor calibration has seen. ``encoder`` is a sentence encoder, FLOPs with an
 unstructured ladder, measured by the similarity of its embeddings to the dense encoder's; ``encoder-bops`` is the same
-for BOPs with 2:4 and 8 to 4 bits. ``programme`` times the dynamic programme on 60 layers, 50 levels and 10 000 buckets.
+for BOPs with 2:4 and 8 to 4 bits, two of its budgets just above what a uniform model costs. ``programme`` times the
+dynamic programme on 60 layers, 50 levels and 10 000 buckets.
 """
 
 from __future__ import annotations

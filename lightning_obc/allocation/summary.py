@@ -31,15 +31,18 @@ def point_report(
     cost = COST_NAMES.get(result.cost_name, result.cost_name)
     stage = f"{LABELS[point.method]} at {point.budget:g} of the {cost} of {BASELINE}"
     levels = {name: point.profile.get(name, "dense") for name in solutions}
-    rows = [_row(name, modules[name], levels[name], solution) for name, solution in solutions.items()]
+    grids = {} if result.quantizer is None else result.quantizer.grids
+    inputs = {name: grid.spec.bits for name, grid in grids.items()}
+    rows = [_row(name, modules[name], levels[name], one, inputs.get(name)) for name, one in solutions.items()]
     samples = int(result.database.calibration.get("samples", 0))
     chosen = {name: solution for name, solution in solutions.items() if levels[name] != "dense"}
     metric = result.metric_name
     figures = {metric: (result.dense_metric, point.metric), f"share of {cost}": (1.0, point.cost)}
-    return CompressionReport(model, [StageReport(stage, rows, {}, chosen, samples)], unsupported_layers(model), figures)
+    stages = [StageReport(stage, rows, {}, chosen, samples, activations=grids)]
+    return CompressionReport(model, stages, unsupported_layers(model), figures)
 
 
-def _row(name: str, module: nn.Module, level: str, solution: LayerSolution) -> LayerReport:
+def _row(name: str, module: nn.Module, level: str, solution: LayerSolution, inputs: int | None) -> LayerReport:
     adapter = adapter_for(module)
     assert adapter is not None
     weight = adapter.current(module)
@@ -58,6 +61,7 @@ def _row(name: str, module: nn.Module, level: str, solution: LayerSolution) -> L
         status=level if solution.status.ok else f"{level}; {solution.status}",
         seconds=0.0,
         compressed=level != "dense",
+        input_bits=inputs,
     )
 
 

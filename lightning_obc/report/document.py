@@ -59,7 +59,7 @@ def _stage(stage: dict[str, Any]) -> str:
             row["type"],
             "×".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f}",
-            str(row["bits"]),
+            f"{row['bits']}" if row.get("input_bits") is None else f"{row['bits']}, input {row['input_bits']}",
             f"{row['loss']:.4g}",
             f"{100 * row['relative_error']:.3f}",
             f"{row['seconds']:.2f}",
