@@ -9,7 +9,7 @@ more) is solved by the column-order solvers. What was left out is in the tests' 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,11 +127,13 @@ def _rows(weight: Tensor) -> Tensor:
     return weight.detach().movedim(1, -1)
 
 
-def _run_and_check(name: str, layers: list[str], solvers: tuple[Any, Any]) -> None:
+def _run_and_check(name: str, layers: list[str], solvers: tuple[Any, Any], wide: Collection[str] = ()) -> None:
+    """2:4 and then 4 bits on these layers; ``wide`` ones among them are pruned by magnitude and rounded to nearest."""
     case, model = CASES[name], _model(name)
     before = copy.deepcopy(model.state_dict())
-    prune = obc.Prune("2:4", layers=layers, misfit="skip", solver=solvers[0])
-    quantize = obc.Quantize(4, layers=layers, solver=solvers[1])
+    plain, nearest = ({key: {"solver": solver} for key in wide} for solver in ("magnitude", "rtn"))
+    prune = obc.Prune("2:4", layers=layers, misfit="skip", solver=solvers[0], overrides=plain)
+    quantize = obc.Quantize(4, layers=layers, solver=solvers[1], overrides=nearest)
     plans = [plan_stage(model, stage) for stage in (prune, quantize)]
     report = obc.compress(model, case.batches(), [prune, quantize], on_failure="raise")
     for plan, stage in zip(plans, report.stages, strict=True):
@@ -171,3 +173,12 @@ def test_kinds_of_layers_that_are_always_wide(name: str) -> None:
     layers = _wide(plan_stage(_model(name), obc.Quantize(4)))
     assert layers
     _run_and_check(name, layers, ("sparsegpt", "gptq"))
+
+
+@pytest.mark.slow
+def test_a_whole_network() -> None:
+    """Every layer at once: by OBS up to the limit, the few wider ones by solvers that sweep nothing."""
+    plan = plan_stage(_model("mobilenet_v3_small"), obc.Quantize(4))
+    wide = [layer.name for layer in plan.layers if layer.sweep_flops > LIMIT]
+    assert 0 < len(wide) < len(plan.layers) // 4
+    _run_and_check("mobilenet_v3_small", list(plan.modules), ("obs", "obs"), wide)
