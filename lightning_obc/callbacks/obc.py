@@ -28,7 +28,7 @@ from lightning_obc.callbacks.passes import (
     references,
     whole_or_not,
 )
-from lightning_obc.callbacks.recording import write_report
+from lightning_obc.callbacks.recording import checkpoint_path, when, write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
     Timetable,
@@ -323,7 +323,7 @@ class OBCCallback(Callback):
 
     def _measure_dense(self, trainer: Trainer, module: LightningModule) -> None:
         self._plans, self._samples = [], weight_samples(module)
-        self._state.dense_when = f"just before the first stage ({_when(trainer)})"
+        self._state.dense_when = f"just before the first stage ({when(trainer)})"
         self._state.dense_step = trainer.global_step
         if self.compare:
             self._state.dense = compat.evaluate(trainer)
@@ -377,29 +377,14 @@ class OBCCallback(Callback):
             self._figures = {name: (dense[name], value) for name, value in compressed.items() if name in dense}
             ratio = model_figures(module, self._state.held.layers)["obc/compression_ratio"]
             trained = trainer.global_step - self._state.dense_step
-            now = f"after the last stage ({_when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
+            now = f"after the last stage ({when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
             self._notes = [f"dense: {self._state.dense_when}", f"compressed: {now}"]
             module.print("\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
             self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
         if self.save_checkpoint and not compat.fast_dev_run(trainer):
-            self.checkpoint_path = compat.same_path(trainer, self._path(trainer))
+            self.checkpoint_path = compat.same_path(trainer, checkpoint_path(trainer, self.save_checkpoint))
             trainer.save_checkpoint(self.checkpoint_path)
             module.print(f"compressed checkpoint: {self.checkpoint_path}")
             if self.save_report and trainer.is_global_zero and self.report is not None:
                 written = write_report(self.report, self.checkpoint_path, self.calibration)
                 module.print(f"report: {', '.join(map(str, written)) or 'none'}")
-
-    def _path(self, trainer: Trainer) -> Path:
-        if not isinstance(self.save_checkpoint, bool):
-            return Path(self.save_checkpoint)
-        beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-        folder = Path(beside or trainer.log_dir or trainer.default_root_dir)
-        # As ModelCheckpoint does: never over the file of an earlier run.
-        names = ("compressed.ckpt", *(f"compressed-v{version}.ckpt" for version in range(1, 10_000)))
-        return next(folder / name for name in names if not (folder / name).exists())
-
-
-def _when(trainer: Trainer) -> str:
-    if trainer.state.fn != TrainerFn.FITTING:
-        return "as loaded"
-    return f"epoch {trainer.current_epoch}, step {trainer.global_step}"

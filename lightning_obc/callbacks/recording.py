@@ -1,4 +1,4 @@
-"""The report of a run, written beside its compressed checkpoint."""
+"""Where and when: the compressed checkpoint of a run, the report beside it, and the time of a measurement."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_obc.errors import OBCError
 from lightning_obc.report import CompressionReport, code
 from lightning_obc.specs import Calibration, Stage
+
+
+def when(trainer: Trainer) -> str:
+    """The time of a measurement, for the reader."""
+    if trainer.state.fn != TrainerFn.FITTING:
+        return "as loaded"
+    return f"epoch {trainer.current_epoch}, step {trainer.global_step}"
+
+
+def checkpoint_path(trainer: Trainer, wanted: bool | str | os.PathLike[str]) -> Path:
+    """Where the compressed checkpoint goes: ``wanted``, or beside the other checkpoints or logs."""
+    if not isinstance(wanted, bool):
+        return Path(wanted)
+    beside = getattr(trainer.checkpoint_callback, "dirpath", None)
+    folder = Path(beside or trainer.log_dir or trainer.default_root_dir)
+    # As ModelCheckpoint does: never over the file of an earlier run.
+    names = ("compressed.ckpt", *(f"compressed-v{version}.ckpt" for version in range(1, 10_000)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def write_report(report: CompressionReport, checkpoint: Path, calibration: Calibration) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,30 @@ def loader(seed: int = 0, *, shuffle: bool = True, samples: int = 48, batch_size
     images = torch.randn(samples, 4, 6, 6, generator=generator)
     data = TensorDataset(images, images.mean((2, 3)).argmax(1))
     return DataLoader(data, batch_size=batch_size, shuffle=shuffle)
+
+
+class Resumable(DataLoader[Any]):
+    """A loader that goes on where it was, as Lightning needs it to resume within an epoch."""
+
+    start, done = 0, 0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        first, self.start = self.start, 0
+        for index, batch in enumerate(super().__iter__()):
+            if index >= first:
+                self.done = index + 1
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done % len(self)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["done"]
+
+
+def resumable() -> Resumable:
+    plain = loader(shuffle=False)
+    return Resumable(plain.dataset, batch_size=plain.batch_size)
 
 
 class Small(LightningModule):

@@ -145,7 +145,16 @@ def test_straight_through_training_stays_on_the_grid_and_keeps_zeros(tmp_path):
     assert not torch.equal(seen[0], seen[-1])
 
 
-@pytest.mark.parametrize("stages", [[obc.Prune(0.5, at="validate")], [obc.Prune(0.5, at="train_end")]])
+INERT = [
+    obc.Prune(0.5, at="validate"),
+    obc.Prune(0.5, at="train_end"),
+    obc.Prune(0.5, at=obc.Plateau("val_loss", patience=9)),
+    obc.Quantize(4, at="train_end", edges=8, after="train"),
+    obc.Prune(0.5, at={"step": 99}, schedule=obc.Gradual(3)),
+]
+
+
+@pytest.mark.parametrize("stages", [[stage] for stage in INERT])
 def test_training_with_an_inert_callback_is_bit_identical(tmp_path, stages):
     results = []
 

@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small import Small, is_two_four, levels, loader, quiet_trainer, same, weights
+from small import Small, is_two_four, levels, loader, quiet_trainer, resumable, same, weights
 from torch import nn
-from torch.utils.data import DataLoader
 
 import lightning_obc as obc
 from lightning_obc import pipeline
-
-STEPS = 6
-
-
-class Resumable(DataLoader[Any]):
-    """A loader that goes on where it was, as Lightning needs it to resume within an epoch."""
-
-    start, done = 0, 0
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        first, self.start = self.start, 0
-        for index, batch in enumerate(super().__iter__()):
-            if index >= first:
-                self.done = index + 1
-                yield batch
-
-    def state_dict(self) -> dict[str, int]:
-        return {"done": self.done % len(self)}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.start = state["done"]
-
-
-def resumable() -> Resumable:
-    plain = loader(shuffle=False)
-    return Resumable(plain.dataset, batch_size=plain.batch_size)
-
 
 RECIPES: dict[str, list[Any]] = {
     "gradual": [

@@ -44,21 +44,27 @@ def finish(folder: str, result: dict[str, Tensor]) -> None:
 
 
 def fit(folder: str) -> None:
-    """A training run that prunes in its middle and goes on from its last checkpoint, if there is one."""
+    """A training run that prunes in three steps, then quantizes, from its last checkpoint on if there is one.
+
+    It checkpoints every fifth step, never after the last batch of an epoch: Lightning 2.6 miscounts the epochs of a run
+    that is resumed several times from such checkpoints. There is no dropout: Lightning does not save random states.
+    """
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     import lightning_obc as obc
-    from tests.callbacks.small import Small, loader, quiet_trainer
+    from tests.callbacks.small import Small, quiet_trainer, resumable
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    stages = [obc.Prune("2:4", at={"epoch": 1}, backend="naive"), obc.Quantize(4, backend="naive")]
+    gradual = obc.Gradual(3, every=4, initial=0.2)
+    stages = [obc.Prune(0.5, at={"step": 3}, schedule=gradual, backend="naive"), obc.Quantize(4, backend="naive")]
     callback = obc.OBCCallback(stages, store=f"{folder}/store", save_checkpoint=False, verbose=False, compare=False)
-    checkpoint = ModelCheckpoint(f"{folder}/checkpoints", save_last=True, save_on_train_epoch_end=True)
+    checkpoint = ModelCheckpoint(f"{folder}/checkpoints", save_last=True, every_n_train_steps=5)
     trainer = quiet_trainer(folder, callback, checkpoint, enable_checkpointing=True)
     last = Path(folder) / "checkpoints" / "last.ckpt"
     model = Small()
-    trainer.fit(model, loader(shuffle=False), ckpt_path=str(last) if last.exists() else None)
+    model.drop = nn.Identity()
+    trainer.fit(model, resumable(), ckpt_path=str(last) if last.exists() else None)
     finish(folder, model.state_dict())
 
 
@@ -137,5 +143,5 @@ def test_ten_kills_of_a_compress_run(server: Any, tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.slow
-def test_kills_of_a_fit_that_resumes_from_its_last_checkpoint(server: Any, tmp_path: Path) -> None:
-    check_kills(server, fit, tmp_path, kills=4, total=4)
+def test_ten_kills_of_a_fit_that_resumes_from_its_last_checkpoint(server: Any, tmp_path: Path) -> None:
+    check_kills(server, fit, tmp_path, kills=10, total=8)
