@@ -2,13 +2,14 @@
 
     python benchmarks/sweep.py                        # 64x576, rank-1 included
     python benchmarks/sweep.py --shapes 128x1152 16x2304 --no-rank1
-    python benchmarks/sweep.py --resnet50             # every layer, all rows
-    python benchmarks/sweep.py --resnet50 --rows 8    # at most 8 rows of each layer, times extrapolated, and marked so
+    python benchmarks/resnet50.py                     # all layers of a network
 
 On a machine that others use too, ``--threads 1 --clock cpu`` counts this process's own time, and the ratios hold.
 
 Nothing is printed unless the sweep just timed also agrees with the oracle, and with the rank-1 run where there is one.
 "Share" is the time of ⅔·R·d³ flop at matrix speed divided by the sweep's time: above 1, the sweep is faster than that.
+A whole sweep counts that many as long as both triangles are kept. 2:4 eliminates half of the columns, at most 7/12·R·d³
+of it, and its refit adds R·d³/24.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -28,23 +29,25 @@ from machine import Clock, describe, matrix_speed, peak_memory, seconds
 
 from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.kernels.obs_sweep import (
+    ColumnBlocks,
     GridInput,
     NMGroups,
     SweepInput,
     SweepOutput,
+    sweep_blocks,
     sweep_prune,
     sweep_quantize,
 )
 from lightning_obc.linalg import safe_inverse
 
-PATTERNS = ("unstructured", "quantize", "2:4 + refit")
+PATTERNS = ("unstructured", "quantize", "2:4 + refit", "blocks of 4")
 MIB = 2**20
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table. ``extrapolated``: timed on fewer rows and scaled."""
+    """One row of the table."""
 
     shape: str
     pattern: str
@@ -53,8 +56,6 @@ class Line:
     rank1_ratio: float | None
     peak_mib: float
     order_agreement: float
-    extrapolated: bool = False
-    layers: int = 1
 
 
 def make_problem(rows: int, columns: int, seed: int = 0) -> SweepInput:
@@ -76,6 +77,9 @@ class Case:
         self.pattern, self.problem, self.backend = pattern, problem, backend
         self.groups: NMGroups | None = None
         self.grid: GridInput | None = None
+        self.blocks: ColumnBlocks | None = None
+        if pattern.startswith("blocks"):
+            self.blocks = ColumnBlocks(torch.arange(columns).view(-1, 4))
         if pattern.startswith("2:4"):
             group = torch.arange(columns) // 4
             self.groups = NMGroups(group, torch.bincount(group) // 2)
@@ -87,6 +91,8 @@ class Case:
 
     def sweep(self, backend: str | None = None) -> SweepOutput:
         backend = backend or self.backend
+        if self.blocks is not None:
+            return sweep_blocks(self.problem, self.blocks, backend=backend)
         if self.grid is not None:
             return sweep_quantize(self.problem, self.grid, backend=backend)
         return sweep_prune(self.problem, groups=self.groups, backend=backend)
@@ -102,6 +108,8 @@ class Case:
         return torch.ones_like(self.problem.weight, dtype=torch.bool).scatter_(2, order.long(), False)
 
     def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.blocks is not None:
+            return rank1.sweep_blocks(self.problem, self.blocks)
         order, losses = rank1.sweep(self.problem, groups=self.groups, grid=self.grid)
         if self.groups is not None:
             masked_refit(self.problem.hessian, self.problem.weight, self.mask(order[None]))
@@ -134,22 +142,22 @@ def check_rank1(case: Case, out: SweepOutput, order: torch.Tensor, losses: torch
         raise ParityError(f"{case.pattern} against rank-1: {agreement:.2%} of the order, loss off by {error:.1e}")
 
 
-def measure(rows: int, columns: int, pattern: str, args: argparse.Namespace, layers: int = 1) -> Line:
+def measure(rows: int, columns: int, pattern: str, args: argparse.Namespace) -> Line:
     """Time one pattern on one shape, in alternation with the matrix product it is compared with."""
-    timed = min(rows, args.rows) if args.rows else rows
-    case = Case(pattern, make_problem(timed, columns), args.backend)
+    clock = CLOCKS[args.clock]
+    case = Case(pattern, make_problem(rows, columns), args.backend)
     out = case.run()
-    agreement = check(case, out, min(timed, args.oracle_rows))
+    agreement = check(case, out, min(rows, args.oracle_rows))
     times, speeds = [], []
-    for _ in range(args.repeats if timed * columns**3 < 1e12 else 1):
-        speeds.append(matrix_speed(repeats=1, clock=CLOCKS[args.clock]))
-        times.append(seconds(case.run, CLOCKS[args.clock]))
-    speeds.append(matrix_speed(repeats=1, clock=CLOCKS[args.clock]))
-    taken = statistics.median(times) * rows / timed
+    for _ in range(args.repeats):
+        speeds.append(matrix_speed(repeats=1, clock=clock))
+        times.append(seconds(case.run, clock))
+    speeds.append(matrix_speed(repeats=1, clock=clock))
+    taken = statistics.median(times)
     ideal = 2 / 3 * rows * columns**3 / statistics.median(speeds)
-    ratio = time_rank1(case, out, CLOCKS[args.clock]) * rows / timed / taken if args.rank1 else None
+    ratio = time_rank1(case, out, clock) / taken if args.rank1 else None
     peak = peak_memory(case.run) / MIB
-    return Line(f"{rows}x{columns}", pattern, taken, ideal / taken, ratio, peak, agreement, timed < rows, layers)
+    return Line(f"{rows}x{columns}", pattern, taken, ideal / taken, ratio, peak, agreement)
 
 
 def time_rank1(case: Case, out: SweepOutput, clock: Clock) -> float:
@@ -159,38 +167,14 @@ def time_rank1(case: Case, out: SweepOutput, clock: Clock) -> float:
     return taken
 
 
-def resnet50() -> Iterator[tuple[int, int, int]]:
-    """``(rows, columns, layers)`` of every distinct shape among the convolutions and the classifier of ResNet-50."""
-    counts: dict[tuple[int, int], int] = {(64, 147): 1, (1000, 2048): 1}
-
-    def add(rows: int, columns: int, layers: int) -> None:
-        counts[rows, columns] = counts.get((rows, columns), 0) + layers
-
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        add(width, inputs, 1)
-        add(width, 4 * width, blocks - 1)
-        add(width, 9 * width, blocks)
-        add(4 * width, width, blocks)
-        add(4 * width, inputs, 1)
-        inputs = 4 * width
-    yield from ((rows, columns, layers) for (rows, columns), layers in sorted(counts.items(), key=_work))
-
-
-def _work(item: tuple[tuple[int, int], int]) -> int:
-    (rows, columns), _ = item
-    return rows * columns**3
-
-
 def table(lines: list[Line]) -> str:
     """Markdown."""
-    head = "| shape | layers | pattern | time [s] | × rank-1 | share of matrix speed | peak memory [MiB] | same order |"
-    text = [head, "|" + "---|" * 8]
+    head = "| shape | pattern | time [s] | × rank-1 | share of matrix speed | peak memory [MiB] | same order |"
+    text = [head, "|" + "---|" * 7]
     for line in lines:
-        mark = " (extrapolated)" if line.extrapolated else ""
         ratio = "–" if line.rank1_ratio is None else f"{line.rank1_ratio:.0f}"
         text.append(
-            f"| {line.shape} | {line.layers} | {line.pattern} | {line.seconds:.4g}{mark} | {ratio} | {line.share:.2f} "
+            f"| {line.shape} | {line.pattern} | {line.seconds:.4g} | {ratio} | {line.share:.2f} "
             f"| {line.peak_mib:.0f} | {line.order_agreement:.2%} |"
         )
     return "\n".join(text)
@@ -204,8 +188,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-rank1", dest="rank1", action="store_false")
     parser.add_argument("--oracle-rows", type=int, default=2, help="rows that the float64 oracle checks")
-    parser.add_argument("--rows", type=int, default=0, help="time at most so many rows of a shape and extrapolate")
-    parser.add_argument("--resnet50", action="store_true", help="all layers of ResNet-50, unstructured, without rank-1")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--name", help="write benchmarks/results/NAME.md and NAME.json")
@@ -213,21 +195,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def lines(args: argparse.Namespace) -> list[Line]:
-    if args.resnet50:
-        args.rank1, args.oracle_rows = False, 1
-        return [measure(rows, columns, "unstructured", args, layers) for rows, columns, layers in resnet50()]
     shapes = [tuple(int(size) for size in shape.split("x")) for shape in args.shapes]
     return [measure(rows, columns, pattern, args) for rows, columns in shapes for pattern in args.patterns]
 
 
 def report(measured: list[Line], args: argparse.Namespace) -> str:
     speed = matrix_speed(clock=CLOCKS[args.clock]) / 1e9
-    text = f"{describe()}, {args.clock} clock\n\nfloat32 matrix speed: {speed:.0f} Gflop/s\n\n{table(measured)}\n"
-    if args.resnet50:
-        total = sum(line.seconds * line.layers for line in measured)
-        mark = ", extrapolated from a part of the rows" if any(line.extrapolated for line in measured) else ""
-        text += f"\nResNet-50, every layer, full sweep: {total:.0f} s = {total / 60:.1f} min{mark}\n"
-    return text
+    return f"{describe()}, {args.clock} clock\n\nfloat32 matrix speed: {speed:.0f} Gflop/s\n\n{table(measured)}\n"
 
 
 def main(arguments: list[str]) -> int:

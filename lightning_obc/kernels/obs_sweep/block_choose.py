@@ -5,8 +5,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from lightning_obc.kernels.obs_sweep.block_state import LANES, BlockOptions, BlockScratch, entry, slot
+from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockScratch, entry, slot
 from lightning_obc.kernels.obs_sweep.jit import STRICT, lower
+from lightning_obc.kernels.obs_sweep.lanes import LANES, copy, less_product, over, plus_square, root
 from lightning_obc.kernels.obs_sweep.packed import Array
 
 _jit = numba.njit(**STRICT)
@@ -43,8 +44,8 @@ def start_pivots(team: int, s: BlockScratch, o: BlockOptions) -> None:
     _factor(team, s.diagonal, s.lower, o.size)
     for i in range(o.size):
         for lane in range(LANES):
-            root = s.lower[entry(0, i, i, o.size) + lane]
-            s.reference[slot(team * LANES + lane, i, o.size)] = root * root
+            pivot = s.lower[entry(0, i, i, o.size) + lane]
+            s.reference[slot(team * LANES + lane, i, o.size)] = pivot * pivot
 
 
 @_jit
@@ -55,8 +56,8 @@ def weakest(place: int, s: BlockScratch, o: BlockOptions) -> float:
     for i in range(o.size):
         here = slot(place, i, o.size)
         if s.alive[here] > 0:
-            root = s.lower[entry(0, i, i, o.size) + place % LANES]
-            share = root * root / s.reference[here]
+            pivot = s.lower[entry(0, i, i, o.size) + place % LANES]
+            share = pivot * pivot / s.reference[here]
             if not share >= ratio:
                 ratio = share
     return ratio
@@ -67,20 +68,14 @@ def _factor(team: int, diagonal: Array, low: Array, size: int) -> None:
     """Cholesky factors of a team's diagonal blocks, side by side; NaN behind a pivot that is negative."""
     for j in range(size):
         for i in range(j, size):
-            source, target = np.uint64(entry(team, i, j, size)), np.uint64(entry(0, i, j, size))
-            pivot = np.uint64(entry(0, j, j, size))
-            for lane in range(LANES):
-                low[target + np.uint64(lane)] = diagonal[source + np.uint64(lane)]
+            target = entry(0, i, j, size)
+            copy(low, target, diagonal, entry(team, i, j, size))
             for k in range(j):
-                left, right = np.uint64(entry(0, i, k, size)), np.uint64(entry(0, j, k, size))
-                for lane in range(LANES):
-                    low[target + np.uint64(lane)] -= low[left + np.uint64(lane)] * low[right + np.uint64(lane)]
+                less_product(low, target, low, entry(0, i, k, size), low, entry(0, j, k, size))
             if i == j:
-                for lane in range(LANES):
-                    low[target + np.uint64(lane)] = np.sqrt(low[target + np.uint64(lane)])
+                root(low, target)
             else:
-                for lane in range(LANES):
-                    low[target + np.uint64(lane)] /= low[pivot + np.uint64(lane)]
+                over(low, target, low, entry(0, j, j, size))
 
 
 @_jit
@@ -99,18 +94,12 @@ def _cost(
     for lane in range(LANES):
         solved[total + np.uint64(lane)] = zero
     for i in range(size):
-        here, pivot = np.uint64(i * LANES), np.uint64(entry(0, i, i, size))
-        source = np.uint64(team * LANES * size + i * LANES)
-        for lane in range(LANES):
-            solved[here + np.uint64(lane)] = weight[source + np.uint64(lane)]
+        here = i * LANES
+        copy(solved, here, weight, team * LANES * size + here)
         for k in range(i):
-            left, other = np.uint64(entry(0, i, k, size)), np.uint64(k * LANES)
-            for lane in range(LANES):
-                solved[here + np.uint64(lane)] -= low[left + np.uint64(lane)] * solved[other + np.uint64(lane)]
-        for lane in range(LANES):
-            value = solved[here + np.uint64(lane)] / low[pivot + np.uint64(lane)]
-            solved[here + np.uint64(lane)] = value
-            solved[total + np.uint64(lane)] += value * value
+            less_product(solved, here, low, entry(0, i, k, size), solved, k * LANES)
+        over(solved, here, low, entry(0, i, i, size))
+        plus_square(solved, size * LANES, solved, here)
     best = big
     for lane in range(LANES):
         value = solved[total + np.uint64(lane)]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from lightning_obc.kernels.obs_sweep.block_state import LANES, BlockOptions, BlockProblem, BlockScratch, slot
+from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockProblem, BlockScratch, slot
 from lightning_obc.kernels.obs_sweep.jit import STRICT
+from lightning_obc.kernels.obs_sweep.lanes import LANES
 from lightning_obc.kernels.obs_sweep.packed import at, invert_
 
 _jit = numba.njit(**STRICT)

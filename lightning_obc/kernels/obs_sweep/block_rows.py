@@ -25,6 +25,7 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     slot,
 )
 from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
+from lightning_obc.kernels.obs_sweep.lanes import less_product, less_scaled, times_scaled
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     Array,
@@ -204,18 +205,12 @@ def _advance(
     """Scale the pivot column of one team, move its weights, and keep its diagonal blocks current."""
     for i in range(size):
         start = team * LANES * size + i * LANES
-        line, here = np.uint64(panel_at(start, step, steps)), np.uint64(start)
-        for lane in range(LANES):
-            k = np.uint64(lane)
-            v = panel[line + k] * inverse_root * alive[here + k]
-            panel[line + k] = v
-            weight[here + k] -= z * v
+        line = panel_at(start, step, steps)
+        times_scaled(inverse_root, panel, line, alive, start)
+        less_scaled(z, weight, start, panel, line)
         for j in range(i + 1):
-            other = np.uint64(panel_at(start - (i - j) * LANES, step, steps))
-            target = np.uint64(entry(team, i, j, size))
-            for lane in range(LANES):
-                k = np.uint64(lane)
-                diagonal[target + k] -= panel[line + k] * panel[other + k]
+            other = panel_at(start - (i - j) * LANES, step, steps)
+            less_product(diagonal, entry(team, i, j, size), panel, line, panel, other)
 
 
 @_jit

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_obc.kernels.obs_sweep.jit import STRICT
+from lightning_obc.kernels.obs_sweep.lanes import LANES
 from lightning_obc.kernels.obs_sweep.packed import Array, IntArray
 
-LANES = 16
 _inline = numba.njit(inline="always", **STRICT)
 
 
