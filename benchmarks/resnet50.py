@@ -109,11 +109,15 @@ def table(measured: list[Shape]) -> Iterator[str]:
         yield f"| {shape.rows}×{shape.columns} | {shape.layers} | {seconds} | {speed:.0f} | {shape.peak_mib:.0f} |"
 
 
-def report(measured: list[Shape], complete: bool) -> str:
+def report(measured: list[Shape], complete: bool, note: str = "") -> str:
     wall, cpu = sum(s.sweep_seconds for s in measured), sum(s.process_seconds for s in measured)
     inverses, layers = sum(s.inverse_seconds for s in measured), sum(s.layers for s in measured)
     right, error = min(s.right_choices for s in measured), max(s.loss_error for s in measured)
-    head = f"{describe()}, wall clock\n\n" + ("" if complete else "**Interrupted: not all shapes.**\n\n")
+    head = (
+        f"{describe()}, wall clock\n\n"
+        + (f"{note}\n\n" if note else "")
+        + ("" if complete else "**Interrupted: not all shapes.**\n\n")
+    )
     foot = (
         f"\n\n{layers} layers: sweeps {wall:.0f} s = {wall / 60:.1f} min (CPU time {cpu:.0f} s), "
         f"inverses {inverses:.0f} s.\n"
@@ -128,6 +132,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--resume", action="store_true", help="keep the shapes that the results of NAME hold")
+    parser.add_argument("--note", default="", help="what the reader should know about the machine")
     parser.add_argument("--name", default="resnet50", help="write benchmarks/results/NAME.md and NAME.json")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
@@ -140,7 +145,7 @@ def main(arguments: list[str]) -> int:
         except ParityError as error:
             print(f"parity is red, no figures: {error}", file=sys.stderr)
             return 1
-        text = report(measured, len(measured) == len(plan))
+        text = report(measured, len(measured) == len(plan), args.note)
         write(args.name, text, measured)
         elapsed = time.perf_counter() - begun
         print(f"{shape}: {elapsed:.0f} s so far, {sum(work[: at + 1]) / sum(work):.1%} of the work", flush=True)
