@@ -137,21 +137,22 @@ def search(
         setting = _Setting(model, database, source, forward, loss, corrector, cleanup.restore)
         setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
         table, fixed, dense_cost = _costs(setting, cost, mask_cost, edges_at_8)
-        absolute = [budget * dense_cost for budget in budgets]
-        programme = Programme(table, absolute, buckets=buckets, fixed=fixed)
+        if not dense_cost > 0:
+            raise SpecError("The dense model costs nothing", got=dense_cost, expected="timings above 0")
+        # In shares of the dense cost, as budgets are given and as errors name them.
+        table = {name: {level: one / dense_cost for level, one in row.items()} for name, row in table.items()}
+        programme = Programme(table, budgets, buckets=buckets, fixed=fixed / dense_cost)
         dense_metric = float(metric(model))
         errors = _scores(setting, table, scores)
         found = _profiles(setting, programme, table, errors, methods, spdy or SPDY(evaluations=300), report)
         points, notes = [], []
         for budget, method, profile, evaluations in found:
             if profile is None:
-                notes.append(f"no single level meets the budget of {budget / dense_cost:.4g}")
+                notes.append(f"no single level meets the budget of {budget:.4g}")
                 continue
             value = setting.evaluate(profile)
-            share = programme.cost(profile) / dense_cost
-            points.append(
-                CurvePoint(budget / dense_cost, method, share, float(metric(model)), value, profile, evaluations)
-            )
+            share = programme.cost(profile)
+            points.append(CurvePoint(budget, method, share, float(metric(model)), value, profile, evaluations))
     cost_name = "seconds" if isinstance(cost, LatencyTable) else cost
     return SearchResult(
         cost_name, dense_cost, dense_metric, points, database, setting.quantizer, corrector, notes, metric_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ def test_latency_budgets(model: Any, batches: list[Tensor]) -> None:
     assert result.dense_cost == 14.0
     assert point.cost * 14.0 == pytest.approx(8.0)
     assert sorted(point.profile.values()) == ["dense", "w8+a8", "w8+a8"]
+    with pytest.raises(SpecError, match="costs nothing"):
+        run(model, batches, [0.5], cost=LatencyTable({n: {"dense": 0.0} for n in seconds}), levels=[Level()])
     with pytest.raises(SpecError, match=r"stem at w8\+a8"):
         run(model, batches, [0.5], cost=LatencyTable({n: {"dense": 1.0} for n in seconds}), levels=levels)
 
@@ -144,8 +147,12 @@ def test_budgets_below_the_minimum_name_the_best_reachable_and_lose_nothing(
     model: Any, batches: list[Tensor], tmp_path: Path
 ) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(BudgetError, match="best reachable budget"):
+    with pytest.raises(BudgetError, match=r"Got: 0.001.*best reachable budget") as refused:
         run(model, batches, [0.001], directory=tmp_path / "db")
+    # The budget that is named is a share too, and can be met.
+    (least,) = re.findall(r"at least ([0-9.e-]+)", str(refused.value))
+    assert 0.001 < float(least) < 0.05
+    assert run(model, batches, [1.001 * float(least)], directory=tmp_path / "db", methods=["dp"]).points
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert len(list((tmp_path / "db" / "levels").iterdir())) == 3
 
