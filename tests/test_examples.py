@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
+import re
 import subprocess
 import sys
 import time
@@ -94,6 +96,26 @@ def test_transformer_encoder(run, capsys):
     assert simple["cosine"] < ours["cosine"] <= 1
     assert ours["cosine"] > 0.99
     assert "same nearest sentence" in last_line(capsys)
+
+
+@pytest.mark.slow
+def test_ddp(checkpoint):
+    """In processes of its own, which Lightning starts from the command."""
+    command = [sys.executable, "-m", "examples.ddp", "--checkpoint", checkpoint]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.strip().splitlines()
+    figures = re.fullmatch(r"validation accuracy.*: (\S+) % \(dense float32: (\S+) %\)", lines[-1])
+    assert figures is not None
+    assert float(figures[1]) >= float(figures[2]) - 3
+    work = [re.search(r"rank (\d): (\S+) of (\d+) layers", line) for line in lines]
+    shares = [(int(share[1]), float(share[2]), int(share[3])) for share in work if share]
+    assert [rank for rank, _, _ in shares] == [0, 1, 0, 1]
+    for (_, first, layers), (_, second, _) in zip(shares[::2], shares[1::2], strict=True):
+        assert first > 0
+        assert second > 0
+        assert first + second == layers
 
 
 def test_an_example_is_a_script_with_options(tmp_path):

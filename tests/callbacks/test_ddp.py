@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ddp_scenarios
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from processes import run_processes
 from small import Small, is_two_four, levels
 
 import lightning_obc as obc
+from lightning_obc.callbacks import compat
+from lightning_obc.errors import StrategyError
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +105,20 @@ def test_a_failure_or_a_difference_on_one_rank_stops_all_with_a_name(two: list[d
         assert found["other"].startswith("RankError: The ranks hold different parameters. Got: fc.bias")
         assert found["broken is dense"]
         assert found["other is dense"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "reason"),
+    [
+        (FSDPStrategy(), "FSDPStrategy, whose flat parameters"),
+        (ModelParallelStrategy(tensor_parallel_size=2), "Tensor parallelism"),
+        (type("DeepSpeedStrategy", (), {})(), "DeepSpeedStrategy, whose engine"),
+        (type("XLAStrategy", (), {})(), "XLAStrategy"),
+    ],
+)
+def test_other_strategies_are_refused_by_name(strategy: Any, reason: str) -> None:
+    with pytest.raises(StrategyError, match=reason):
+        compat.check_strategy(SimpleNamespace(strategy=strategy, callbacks=[]))  # type: ignore[arg-type]
 
 
 def test_public_name_of_the_ranks() -> None:
