@@ -11,8 +11,8 @@ from typing import Any, Union
 
 from lightning_obc.errors import SpecError
 from lightning_obc.files import check_target, write_whole
-from lightning_obc.report.html import left_dense, render_html, tiles
-from lightning_obc.report.record import Record
+from lightning_obc.report.html import left_dense, render_html, tiles, trade_off_rows
+from lightning_obc.report.record import WORK, Record, bits_text, work_rows
 from lightning_obc.report.tables import markdown
 
 
@@ -42,6 +42,9 @@ def _summary(record: Record) -> list[str]:
     if record["figures"]:
         rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in record["figures"].items()]
         parts.append(markdown("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
+    parts += ["\n".join(f"- {note}" for note in record["notes"])] if record["notes"] else []
+    if data := record["trade_off"]:
+        parts.append(markdown("Trade-off", ("", data["x"], data["y"]), trade_off_rows(data)))
     if record["measured"]:
         rows = [
             [row["name"], f"{1e3 * row['latency']:.3f}", f"{row['size'] / 2**20:.2f}", f"{row['speedup']:.2f}×"]
@@ -52,23 +55,38 @@ def _summary(record: Record) -> list[str]:
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    columns = ("layer", "type", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+    columns = (
+        "layer",
+        "type",
+        "weight",
+        "sparsity [%]",
+        "bits",
+        "loss",
+        "rel. error [%]",
+        "held out [%]",
+        "time [s]",
+        "status",
+    )
     rows = [
         [
             row["name"],
             row["type"],
             "×".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f}",
-            f"{row['bits']}" if row.get("input_bits") is None else f"{row['bits']}, input {row['input_bits']}",
+            bits_text(row),
             f"{row['loss']:.4g}",
             f"{100 * row['relative_error']:.3f}",
+            "–" if row["held_out"] is None else f"{100 * row['held_out']:.3f}",
             f"{row['seconds']:.2f}",
             row["status"].replace("|", "\\|"),
         ]
         for row in stage["layers"]
     ]
     title = f"{stage['stage']}: {len(rows)} layers, {stage['samples']} calibration samples, {stage['seconds']:.1f} s"
-    return markdown(title, columns, rows)
+    parts = [markdown(title, columns, rows)]
+    if work := work_rows(stage):
+        parts.append(markdown(f"{stage['stage']} by process", WORK, work))
+    return "\n\n".join(parts)
 
 
 _FORMATS: dict[str, Callable[[Record], str]] = {"html": render_html, "md": render_markdown, "json": render_json}

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_obc.files import require
 from lightning_obc.report import charts
 from lightning_obc.report.bars import bar_charts
-from lightning_obc.report.record import Record, last_rows
+from lightning_obc.report.record import WORK, Record, bits_text, last_rows, work_rows
 
 MOST = 24
 _HERE = Path(__file__).parent
@@ -54,6 +54,9 @@ def render_html(record: Record) -> str:
         omitted=len(rows) - len(shown),
         trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
         points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
+        bits_text=bits_text,
+        work=[work_rows(stage) for stage in record["stages"]],
+        work_columns=WORK,
         stages=[stage["stage"] for stage in record["stages"]],
         curves=[
             (name, safe(charts.curve(points, "sparsity", "relative error", f"Loss curve of {name}")))

@@ -260,6 +260,23 @@ def load_record(path: Union[str, Path]) -> Record:
     return record
 
 
+def bits_text(row: Mapping[str, Any]) -> str:
+    """Bit width of a layer's weight, and of its input where that is quantized too."""
+    inputs = row.get("input_bits")
+    return str(row["bits"]) if inputs is None else f"{row['bits']}, input {inputs}"
+
+
+def work_rows(stage: Mapping[str, Any]) -> list[list[str]]:
+    """What each of several processes did in a stage, as cells: rank, layers, Gflop, seconds."""
+    return [
+        [str(part["rank"]), f"{part['layers']:.3g}", f"{part['flops'] / 1e9:.3g}", f"{part['seconds']:.2f}"]
+        for part in stage.get("work", ())
+    ]
+
+
+WORK = ("rank", "layers", "estimated Gflop", "time [s]")
+
+
 def last_rows(record: Record) -> list[dict[str, Any]]:
     """The last row of every layer that was compressed, and the only row of one that was not."""
     rows: dict[str, dict[str, Any]] = {}

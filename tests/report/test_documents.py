@@ -250,6 +250,16 @@ def test_specifications_are_shown_as_code_that_makes_them_again():
     assert code(obc.Prune(0.5)) == "obc.Prune(pattern=0.5)"
 
 
+def test_quantized_inputs_and_the_work_of_processes_are_shown():
+    record = sample_record()
+    record["stages"][1]["layers"][0]["input_bits"] = 7
+    record["stages"][0]["work"] = [{"rank": 1, "layers": 2.5, "flops": 3e9, "seconds": 0.25}]
+    for text in (render_html(record), render_markdown(record)):
+        assert "4, input 7" in text
+        assert "estimated Gflop" in text
+    assert "**Trade-off**" in render_markdown(record)
+
+
 def test_a_layer_that_no_stage_selects_is_named():
     report, _ = sample_report()
     stages = [dataclasses.replace(stage, layers=stage.layers[:2], skipped={}) for stage in report.stages]
