@@ -220,9 +220,20 @@ def averages(trainer: Trainer) -> list[Average]:
 
 def behind_averaging(trainer: Trainer, callback: Callback) -> None:
     """Call ``callback`` after those that average weights: it holds what they have averaged, and compresses at the end
-    what they put into the model. Lightning's own order is kept otherwise."""
+    what they put into the model. Lightning's own order is kept otherwise.
+
+    Raises:
+        StrategyError: Sharded weights are averaged, which Lightning's callbacks cannot.
+    """
     present = callbacks(trainer)
     last = max((i for i, other in enumerate(present) if isinstance(other, _AVERAGING)), default=-1)
+    if last >= 0 and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise StrategyError(
+            "Averages of sharded weights cannot be held",
+            got=f"{type(present[last]).__name__} with {type(trainer.strategy).__name__}",
+            expected="averaging on a single device or with DDP",
+            remedy="drop the averaging callback, or use another strategy",
+        )
     if present.index(callback) < last:
         others = [other for other in present[: last + 1] if other is not callback]
         vars(trainer)["callbacks"] = [*others, callback, *present[last + 1 :]]

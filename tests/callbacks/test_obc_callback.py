@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from small import Small, TwoOptimizers, is_two_four, levels, loader, quiet_trainer, same, weights
 
 import lightning_obc as obc
-from lightning_obc.callbacks import OBCCallback
+from lightning_obc.callbacks import OBCCallback, compat
 from lightning_obc.errors import (
     CalibrationError,
     FingerprintError,
@@ -376,11 +379,18 @@ def test_bad_input_is_named(tmp_path):
         quiet_trainer(tmp_path, make(obc.Prune("2:4", at="validate"))).validate(
             Small(), loader(1, shuffle=False), verbose=False
         )
-    try:
-        with pytest.raises(StrategyError, match="DDPStrategy"):
-            quiet_trainer(tmp_path, make(obc.Prune("2:4")), strategy="ddp").fit(Small(), loader())
-    finally:
-        torch.distributed.destroy_process_group()
+
+
+def test_strategies_and_averages_that_cannot_be_held_are_named():
+    unknown = SimpleNamespace(strategy=SimpleNamespace())
+    with pytest.raises(StrategyError, match="SimpleNamespace"):
+        compat.check_strategy(unknown)
+    callback = make(obc.Prune("2:4"))
+    sharded = SimpleNamespace(
+        strategy=ModelParallelStrategy.__new__(ModelParallelStrategy), callbacks=[callback, WeightAveraging()]
+    )
+    with pytest.raises(StrategyError, match="WeightAveraging with ModelParallelStrategy"):
+        compat.behind_averaging(sharded, callback)
 
 
 def test_resume_refuses_another_recipe_and_another_model(tmp_path):
