@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_obc import baselines, errors, obs
     from lightning_obc.allocation.tradeoff import search
-    from lightning_obc.callbacks import OBCCallback
+    from lightning_obc.callbacks import (
+        BatchNormReset,
+        CompressedCheckpoint,
+        CompressionMonitor,
+        MaskGuard,
+        OBCCallback,
+    )
     from lightning_obc.correction_spec import Correct
     from lightning_obc.distributed import all_ranks
     from lightning_obc.export import export_onnx, load_packed, save_packed, to_semi_structured
@@ -41,6 +47,10 @@ __version__ = "0.1.0"
 
 _HOME = {
     "search": "lightning_obc.allocation.tradeoff",
+    "BatchNormReset": "lightning_obc.callbacks",
+    "CompressedCheckpoint": "lightning_obc.callbacks",
+    "CompressionMonitor": "lightning_obc.callbacks",
+    "MaskGuard": "lightning_obc.callbacks",
     "OBCCallback": "lightning_obc.callbacks",
     "Correct": "lightning_obc.correction_spec",
     "all_ranks": "lightning_obc.distributed",
@@ -75,8 +85,11 @@ _MODULES = ("baselines", "errors", "obs")
 __all__ = [
     "NM",
     "ActivationGrid",
+    "BatchNormReset",
     "Block",
     "Calibration",
+    "CompressedCheckpoint",
+    "CompressionMonitor",
     "CompressionReport",
     "Correct",
     "Gradual",
@@ -84,6 +97,7 @@ __all__ = [
     "Hessian",
     "IntGrid",
     "LayerSolution",
+    "MaskGuard",
     "OBCCallback",
     "Plan",
     "Plateau",

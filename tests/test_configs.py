@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -19,14 +19,16 @@ def test_there_are_configurations():
 SHORT = {
     "fit": [],
     "compress": ["--output=false"],
+    "validate": [],
     "search": ["--spdy.evaluations=2", "--budgets=[0.1]", "--methods=[uniform,spdy]"],
 }
 
 
 def subcommand(config: Path) -> str:
-    """The subcommand that a configuration is written for."""
-    keys = yaml.safe_load(config.read_text())
-    return "search" if "budgets" in keys else "compress" if "stages" in keys else "fit"
+    """The subcommand that a configuration says it is run with."""
+    said = re.search(rf"^#     lightning-obc (\w+) --config configs/{config.name}\b", config.read_text(), re.MULTILINE)
+    assert said is not None, "a configuration says in its first lines how it is run"
+    return said[1]
 
 
 @pytest.fixture
@@ -61,3 +63,10 @@ def test_configuration_runs(config, run):
     callback = cli.result if name == "compress" else next(x for x in cli.trainer.callbacks if hasattr(x, "report"))
     assert callback.report.stages
     assert all(layer.compressed for stage in callback.report.stages for layer in stage.layers)
+
+
+def test_a_configuration_for_compress_serves_validate_too(run):
+    cli = run("validate", f"--config={ROOT / 'configs' / 'digits_4bit.yaml'}", "--trainer.fast_dev_run=true")
+    report = cli.trainer.callbacks[0].report
+    assert all(layer.bits == 4 for layer in report.layers.values())
+    assert report.corrections

@@ -5,15 +5,22 @@ Elsewhere in this package only Lightning's public interface is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    ModelCheckpoint,
+    ProgressBar,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    TQDMProgressBar,
+    WeightAveraging,
+)
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -27,7 +34,9 @@ from lightning.pytorch.trainer.connectors.data_connector import _request_dataloa
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.distributed import Ranks, SingleProcess, all_ranks
@@ -59,6 +68,36 @@ def validation_metrics(trainer: Trainer) -> dict[str, torch.Tensor]:
 def validates(trainer: Trainer) -> bool:
     """True when the training has validations."""
     return trainer.enable_validation and trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
+
+
+def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Write values to every logger of the trainer, also where ``self.log`` is not allowed."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=logged_step(trainer))
+
+
+def swallows_prints(bar: ProgressBar | None) -> bool:
+    """True for a TQDM bar that is not running at this moment: what is printed through it is lost then."""
+    if not isinstance(bar, TQDMProgressBar) or not bar.is_enabled:
+        return False
+    names = ("_train_progress_bar", "_val_progress_bar", "_test_progress_bar", "_predict_progress_bar")
+    bars = (getattr(bar, name, None) for name in names)
+    return all(running is None or running.disable for running in bars)
+
+
+def end_run() -> NoReturn:
+    """End what the trainer is doing now, cleanly and as finished; to be called in a hook."""
+    raise _TunerExitException
+
+
+def save_with_score(checkpoint: ModelCheckpoint, trainer: Trainer, score: Tensor | None) -> None:
+    """Let a checkpoint callback write a file now, with a score of its own, and its "last" file too."""
+    candidates = checkpoint._monitor_candidates(trainer)
+    if checkpoint.monitor is not None and score is not None:
+        checkpoint._save_topk_checkpoint(trainer, candidates | {checkpoint.monitor: score})
+    else:
+        checkpoint._save_none_monitor_checkpoint(trainer, candidates)
+    checkpoint._save_last_checkpoint(trainer, candidates)
 
 
 def calibration_source(trainer: Trainer) -> Any:

@@ -17,8 +17,9 @@ from lightning_obc.activations import attach, attached, detach
 from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.averaging import Averages
-from lightning_obc.callbacks.display import Display
+from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
+from lightning_obc.callbacks.hazards import stopped_by, warn_hazards, warn_old_checkpoint
 from lightning_obc.callbacks.passes import (
     check_destination,
     checked_plans,
@@ -28,6 +29,7 @@ from lightning_obc.callbacks.passes import (
     references,
     whole_or_not,
 )
+from lightning_obc.callbacks.pictures import log_pictures
 from lightning_obc.callbacks.recording import checkpoint_path, when, write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.timetable import (
@@ -114,6 +116,7 @@ class OBCCallback(Callback):
         self._figures: dict[str, tuple[float, float]] = {}
         self._plans, self._notes = list[str](), list[str]()
         self._samples: dict[str, WeightSample] = {}
+        self._final, self._final_stage = dict[str, float](), -1
         check_order(self._state.timetable.stages)
 
     def _fresh(self) -> RunState:
@@ -142,6 +145,16 @@ class OBCCallback(Callback):
             notes=self._notes,
         )
 
+    @property
+    def stages_run(self) -> int:
+        """Single steps of the recipe that have run on these weights; a gradual stage has several."""
+        return len(self._state.timetable.done)
+
+    @property
+    def final_figures(self) -> dict[str, float]:
+        """Validation figures measured after the last stage, where ``compare`` asked for them."""
+        return dict(self._final) if self._final_stage == self.stages_run else {}
+
     # State in checkpoints.
     @property
     def state_key(self) -> str:
@@ -156,7 +169,10 @@ class OBCCallback(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         present = [callback.state_key for callback in compat.callbacks(trainer) if isinstance(callback, OBCCallback)]
-        if self.state_key in (checkpoint.get("callbacks") or {}):
+        own = (checkpoint.get("callbacks") or {}).get(self.state_key)
+        if own is not None:
+            if trainer.state.fn != TrainerFn.FITTING:
+                warn_old_checkpoint(trainer, own, self.stages_run)
             return
         # The weights that are loaded now have not gone through what this callback did to others before.
         self._forget()
@@ -198,6 +214,7 @@ class OBCCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
+        warn_hazards(trainer, self._state.timetable.open())
         self._state.held.bind(pl_module)
         self._averages.bind(trainer, self._state.held)
         self._detach()
@@ -250,7 +267,7 @@ class OBCCallback(Callback):
         left = self._state.timetable.open()
         if left:
             rank_zero_warn(
-                f"Training ended before {len(left)} of the compression stages could run: "
+                f"Training ended{stopped_by(trainer)} before {len(left)} of the compression stages could run: "
                 + "; ".join(f"{stage} at {stage.at}" for stage in left)
             )
         self._finish(trainer, pl_module)
@@ -319,6 +336,8 @@ class OBCCallback(Callback):
                         figures = self._compress(module, index, collect, display)
                 self._state.finish(index)
                 self._averages.restart_(trainer, module, self._state.held)
+                if not isinstance(stage, Correct):
+                    log_pictures(trainer, module, self._state.reports[-1])
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
     def _measure_dense(self, trainer: Trainer, module: LightningModule) -> None:
@@ -333,7 +352,7 @@ class OBCCallback(Callback):
         plan = plan_stage(module, stage, self.calibration, self._edges)
         self._plans.append(str(plan))
         if self.verbose:
-            module.print(f"\n{self._plans[-1]}")
+            say(module, f"\n{self._plans[-1]}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
         report = run_stage(
             module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
@@ -344,7 +363,7 @@ class OBCCallback(Callback):
         self._state.inputs |= {name: grid for name, grid in attached(module).items() if name in report.activations}
         self._state.reports.append(report)
         if self.verbose:
-            module.print(f"\n{report.table()}")
+            say(module, f"\n{report.table()}")
         return stage_figures(report)
 
     def _correct(
@@ -357,14 +376,13 @@ class OBCCallback(Callback):
         self._state.held.apply_()
         self._state.corrections.append(report)
         if self.verbose:
-            module.print(f"\n{correction_table(report)}")
+            say(module, f"\n{correction_table(report)}")
 
     def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
         # One point per stage on the step axis; self.log would average the stages of one epoch, and is not allowed in
         # half of these hooks.
         values = {**values, "obc/stage": float(len(self._state.timetable.done))}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=compat.logged_step(trainer))
+        compat.log_now(trainer, values)
 
     def _finish(self, trainer: Trainer, module: LightningModule) -> None:
         """Compare with the dense model and write the checkpoint, if anything was compressed."""
@@ -373,18 +391,20 @@ class OBCCallback(Callback):
         if self.compare:
             with torch.inference_mode(False), torch.no_grad():
                 compressed = compat.evaluate(trainer)
+            self._final, self._final_stage = compressed, self.stages_run
             dense = self._state.dense
             self._figures = {name: (dense[name], value) for name, value in compressed.items() if name in dense}
             ratio = model_figures(module, self._state.held.layers)["obc/compression_ratio"]
             trained = trainer.global_step - self._state.dense_step
             now = f"after the last stage ({when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
             self._notes = [f"dense: {self._state.dense_when}", f"compressed: {now}"]
-            module.print("\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
+            say(module, "\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
             self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
         if self.save_checkpoint and not compat.fast_dev_run(trainer):
             self.checkpoint_path = compat.same_path(trainer, checkpoint_path(trainer, self.save_checkpoint))
-            trainer.save_checkpoint(self.checkpoint_path)
-            module.print(f"compressed checkpoint: {self.checkpoint_path}")
+            trainer.save_checkpoint(self.checkpoint_path, weights_only=False)
+            say(module, f"compressed checkpoint: {self.checkpoint_path}")
             if self.save_report and trainer.is_global_zero and self.report is not None:
                 written = write_report(self.report, self.checkpoint_path, self.calibration)
-                module.print(f"report: {', '.join(map(str, written)) or 'none'}")
+                formats = ", ".join(path.suffix.lstrip(".") for path in written[1:])
+                say(module, f"report: {written[0] if written else 'none'}" + (f" (and {formats})" if formats else ""))

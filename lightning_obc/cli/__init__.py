@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -44,4 +45,6 @@ def main(args: Optional[Sequence[str]] = None) -> Any:
 
 def console() -> None:
     """Entry point of the console script: what it returned would become the exit status."""
+    # Lightning's own use of torch, which nobody can do anything about; the process is ours.
+    warnings.filterwarnings("ignore", message=r".*LeafSpec.*is deprecated")
     main()

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
+from lightning_obc.cli.parsing import OBCParser, RunConfig
 from lightning_obc.cli.trainer import OBCTrainer
 
 _DATA = {"model", "dataloaders", "datamodule"}
@@ -25,11 +26,13 @@ class OBCCLI(LightningCLI):
         """Parse the command line, run the subcommand, and return the parts."""
         return cls(
             trainer_class=OBCTrainer,
+            parser_class=OBCParser,
+            save_config_callback=RunConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
-                "description": "Optimal Brain Compression. Besides the subcommands below, which need a model and data: "
-                "'lightning-obc report' draws and compares the reports of runs, 'lightning-obc benchmark' times "
-                "exported models.",
+                "description": "Optimal Brain Compression for PyTorch Lightning: train, compress, search, export.",
+                "epilog": "Two more subcommands need files alone: 'lightning-obc report' draws the report of a run or "
+                "compares several, 'lightning-obc benchmark' times exported models. Each has a --help of its own.",
             },
             args=args,
         )

@@ -28,7 +28,7 @@ from lightning_obc.allocation.search import check_budgets
 from lightning_obc.allocation.summary import loss_curves, point_report
 from lightning_obc.allocation.tradeoff import METHODS, default_levels, search
 from lightning_obc.callbacks import compat
-from lightning_obc.callbacks.display import Display
+from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.passes import collector
 from lightning_obc.callbacks.recording import started_with
 from lightning_obc.callbacks.state import PREFIX
@@ -124,11 +124,11 @@ class SearchRun(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
             self.result = self._search(trainer, pl_module, display)
-        pl_module.print(f"\n{self.result.table()}")
+        say(pl_module, f"\n{self.result.table()}")
         with torch.inference_mode(False), torch.no_grad():
             self.directory = self._folder(trainer)
             self._write(trainer, pl_module, self.result, self.directory)
-        pl_module.print(f"curve, recipes, checkpoints and reports: {self.directory}")
+        say(pl_module, f"curve, recipes, checkpoints and reports: {self.directory}")
 
     def _search(self, trainer: Trainer, module: LightningModule, display: Display) -> SearchResult:
         options = self.options

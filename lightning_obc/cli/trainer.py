@@ -14,6 +14,7 @@ from lightning_obc.allocation import SPDY, Recipe, SearchResult
 from lightning_obc.allocation.curve import Method
 from lightning_obc.callbacks import OBCCallback
 from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format
+from lightning_obc.cli.planned import PlanRun
 from lightning_obc.cli.recipes import Applied, RecipeRun
 from lightning_obc.cli.searching import Levels, SearchOptions, SearchRun
 from lightning_obc.correction_spec import Correct
@@ -22,7 +23,38 @@ from lightning_obc.specs import ActivationGrid, Calibration, Prune, Quantize, St
 
 
 class OBCTrainer(Trainer):
-    """A Trainer that can also compress a model without training it."""
+    """A Trainer that can also compress a model without training it, and say beforehand what it would do."""
+
+    def fit(
+        self,
+        model: LightningModule,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        datamodule: Optional[LightningDataModule] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
+        weights_only: Optional[bool] = None,
+        plan: bool = False,
+    ) -> None:
+        """Train a model, with the stages of an ``OBCCallback`` where there is one.
+
+        Args:
+            model: The model.
+            train_dataloaders: Training data, when there is no datamodule.
+            val_dataloaders: Validation data, when there is no datamodule.
+            datamodule: Training, validation and calibration data.
+            ckpt_path: Checkpoint of a run to resume.
+            weights_only: Passed on to ``Trainer.fit``.
+            plan: Print what the stages would do, their memory and time, and stop before anything runs.
+
+        Raises:
+            ScheduleError: A plan is asked for, and there are no stages.
+        """
+        data: Any = {"datamodule": datamodule, "ckpt_path": ckpt_path, "weights_only": weights_only}
+        if not plan:
+            super().fit(model, train_dataloaders, val_dataloaders, **data)
+            return
+        with self._planning(*_recipe(self._own_callbacks, None, None)):
+            super().fit(model, train_dataloaders, val_dataloaders, **data)
 
     def compress(
         self,
@@ -35,7 +67,8 @@ class OBCTrainer(Trainer):
         on_failure: Optional[Literal["keep", "raise"]] = None,
         output: Union[bool, str] = True,
         weights_only: Optional[bool] = None,
-    ) -> OBCCallback:
+        plan: bool = False,
+    ) -> Optional[OBCCallback]:
         """Compress a trained model in one validation run, and compare it with the dense one.
 
         Args:
@@ -51,13 +84,19 @@ class OBCTrainer(Trainer):
                 ``"raise"`` stops at it.
             output: Where the compressed checkpoint goes: true for ``compressed.ckpt`` among the logs, a path, or false.
             weights_only: Passed on to ``Trainer.validate``.
+            plan: Print what the stages would do, their memory and time, and stop before anything runs.
 
         Returns:
-            The callback that did the work; its ``report`` holds the figures.
+            The callback that did the work; its ``report`` holds the figures. None for a plan.
 
         Raises:
             ScheduleError: There are no stages, neither here nor in a callback.
         """
+        if plan:
+            stages, calibration = _recipe(self._own_callbacks, stages, calibration)
+            with self._planning([_at_validate(stage) for stage in stages], calibration):
+                self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
+            return None
         callback = _validating(self._own_callbacks, stages, calibration, on_failure, output)
         with self._instead_of_own(callback):
             self.validate(
@@ -263,6 +302,16 @@ class OBCTrainer(Trainer):
         finally:
             self.callbacks = saved
 
+    @contextmanager
+    def _planning(self, stages: Sequence[Stage], calibration: Calibration) -> Iterator[None]:
+        """Only the plan in the place of all callbacks; nothing is logged or written, and no bar is drawn."""
+        saved = vars(self)["callbacks"], self.loggers
+        self.callbacks, self.loggers = [PlanRun(stages, calibration)], []
+        try:
+            yield
+        finally:
+            self.callbacks, self.loggers = saved
+
     def _validate_with(
         self,
         callback: Callback,
@@ -276,6 +325,22 @@ class OBCTrainer(Trainer):
             self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
 
 
+def _recipe(
+    present: Sequence[OBCCallback], stages: Optional[Sequence[Stage]], calibration: Optional[Calibration]
+) -> tuple[list[Stage], Calibration]:
+    """The given stages, or those of the Trainer's own callback, and how to calibrate."""
+    if stages is None and len(present) == 1:
+        stages, calibration = present[0].stages, calibration or present[0].calibration
+    if not stages:
+        raise ScheduleError(
+            "There is nothing to compress with",
+            got=f"no stages, {len(present)} OBCCallbacks",
+            expected="stages, or one OBCCallback in trainer.callbacks",
+            remedy="write stages in the configuration, or --stages on the command line",
+        )
+    return list(stages), calibration or Calibration()
+
+
 def _validating(
     present: Sequence[OBCCallback],
     stages: Optional[Sequence[Stage]],
@@ -285,17 +350,11 @@ def _validating(
 ) -> OBCCallback:
     """A callback that runs the given stages, or those of the Trainer's own callback, during validation."""
     if stages is None and len(present) == 1:
-        stages = present[0].stages
-        calibration, on_failure = calibration or present[0].calibration, on_failure or present[0].on_failure
-    if not stages:
-        raise ScheduleError(
-            "There is nothing to compress with",
-            got=f"no stages, {len(present)} OBCCallbacks",
-            expected="stages, or one OBCCallback in trainer.callbacks",
-            remedy="write compress.stages in the configuration",
-        )
-    stages = [_at_validate(stage) for stage in stages]
-    return OBCCallback(stages, calibration or Calibration(), on_failure or "keep", save_checkpoint=output)
+        on_failure = on_failure or present[0].on_failure
+    recipe, calibration = _recipe(present, stages, calibration)
+    return OBCCallback(
+        [_at_validate(stage) for stage in recipe], calibration, on_failure or "keep", save_checkpoint=output
+    )
 
 
 def _at_validate(stage: Any) -> Stage:

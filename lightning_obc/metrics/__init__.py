@@ -17,17 +17,21 @@ from lightning_obc.metrics.functional import (
     sparsity,
     stored_bytes,
 )
+from lightning_obc.metrics.inspection import LayerInspection, ModelInspection, inspect_model
 from lightning_obc.metrics.storage import Storage
 
 __all__ = [
     "AverageBits",
     "CompressionRatio",
+    "LayerInspection",
     "LayerSparsity",
+    "ModelInspection",
     "RelativeError",
     "Sparsity",
     "Storage",
     "average_bits",
     "compression_ratio",
+    "inspect_model",
     "layer_sparsity",
     "relative_error",
     "sparsity",

@@ -10,22 +10,30 @@ from lightning_obc.report.result import CompressionReport, LayerReport, StageRep
 if TYPE_CHECKING:
     from lightning_obc.correction import CorrectionReport
 
-COLUMNS = ("layer", "type", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+COLUMNS = ("layer", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+
+_SHORT = 8
 
 
 def layer_cells(layer: LayerReport) -> list[str]:
     """One row of the per-layer table."""
     return [
         layer.name,
-        layer.type,
         "×".join(map(str, layer.shape)),
         f"{100 * layer.sparsity:.1f}",
         f"{layer.bits}" if layer.input_bits is None else f"{layer.bits}, input {layer.input_bits}",
         f"{layer.loss:.4g}",
         f"{100 * layer.relative_error:.3f}",
         f"{layer.seconds:.2f}",
-        layer.status,
+        _short(layer),
     ]
+
+
+def _short(layer: LayerReport) -> str:
+    """What fits a cell; :func:`stage_table` writes the rest below."""
+    if len(layer.status) <= _SHORT:
+        return layer.status
+    return "ok, note" if layer.compressed else "kept"
 
 
 def stage_table(stage: StageReport) -> str:
@@ -38,7 +46,8 @@ def stage_table(stage: StageReport) -> str:
         note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
     apart = [f"differently: {layer.name} by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage]
     left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
-    return "\n".join([render(title, COLUMNS, rows), note, *apart, *left])
+    notes = [f"{layer.name}: {layer.status}" for layer in stage.layers if len(layer.status) > _SHORT]
+    return "\n".join([render(title, COLUMNS, rows), note, *notes, *apart, *left])
 
 
 def correction_table(correction: CorrectionReport) -> str:
@@ -79,16 +88,27 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         return markdown(title, columns, rows)
     # Text objects, because Rich would read square brackets in strings as markup.
     table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(Text(column), justify="left" if index == 0 else "right", overflow="fold")
+    cells = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
+    heads = [_folded(column, max(map(len, below), default=0)) for column, below in zip(columns, cells, strict=True)]
+    for index, head in enumerate(heads):
+        table.add_column(Text(head), justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     # Wide enough for every cell: a table in a log file must not depend on the terminal it was started from.
-    widths = [max(len(str(cell)) for cell in cells) for cells in zip(columns, *rows, strict=True)]
+    widths = [max(map(len, (*head.split("\n"), *below))) for head, below in zip(heads, cells, strict=True)]
     console = Console(width=max(len(title), sum(widths) + 3 * len(widths) + 1), color_system=None, record=False)
     with console.capture() as capture:
         console.print(table)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").splitlines())
+
+
+def _folded(head: str, room: int) -> str:
+    """A column's name on two lines where one line would be wider than all that stands below it."""
+    words = head.split(" ")
+    if len(head) <= room or len(words) == 1:
+        return head
+    folds = [(" ".join(words[:i]), " ".join(words[i:])) for i in range(1, len(words))]
+    return "\n".join(min(folds, key=lambda fold: max(map(len, fold))))
 
 
 def markdown(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
