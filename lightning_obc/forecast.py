@@ -153,6 +153,8 @@ def _measured(model: nn.Module, plans: Sequence[StagePlan]) -> dict[str, SolveTi
 def _kind(stage: Stage) -> str:
     """Stages of one kind take the same time: all that matters for a single layer."""
     assert isinstance(stage, (Prune, Quantize))
+    if isinstance(stage, Prune):
+        stage = replace(stage, schedule=None)
     return repr(replace(stage, layers=None, exclude=None, at="train_end"))
 
 

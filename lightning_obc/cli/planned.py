@@ -62,4 +62,4 @@ def _steps(stage: Stage) -> str:
     steps = stage.steps()
     levels = ", ".join(f"{100 * getattr(step.parsed, 'sparsity', 0.0):.3g} %" for step in steps)
     (unit, last) = next(iter(times(steps[-1].at)))
-    return f", in {len(steps)} steps to {unit} {last}: {levels}"
+    return f", in {len(steps)} steps to {unit} {last}: {levels} (the estimate is of one step)"
