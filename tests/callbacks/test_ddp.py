@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(folder: Path) -> list[dict[str, Any]]:
+def two(folder: Path, alone: dict[str, Any]) -> list[dict[str, Any]]:
+    # After the run on one device, which has compiled what ranks would otherwise keep each other waiting for.
     return run_processes("ddp_scenarios", "two_ranks", 2, folder)
 
 
