@@ -16,13 +16,13 @@ from lightning_obc.calibration import collect_hessians
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import adapter_for, select_layers
 
-# Attention's first and last layer in two of the six blocks, the tallest layer of one, and the widest (1536 inputs) of
-# two; of each only some rows, evenly spaced (rows are solved one by one): minutes instead of hours.
+# Attention's first and last layer in two of the six blocks, the tallest layer of one and the widest (1536 inputs)
+# of one; of each only some rows, evenly spaced (rows are solved one by one): minutes instead of hours.
 ENCODER_LAYERS = (
     "encoder.layer.[05].attention.self.query",
     "encoder.layer.[05].attention.output.dense",
     "encoder.layer.2.intermediate.dense",
-    "encoder.layer.[05].output.dense",
+    "encoder.layer.0.output.dense",
 )
 ENCODER_ROWS = 32
 
