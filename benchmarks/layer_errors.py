@@ -185,8 +185,8 @@ def report(network: Network, rows: list[Row]) -> str:
             "layers, calibration / held out. Grids: asymmetric, per channel, MSE range search (refined codes also "
             "refit their scales). Greedy is the paper's order of rounding; OBS at bits is the default, "
             '`order="auto"`: every row has the best of greedy, activation and ascending order. '
-            "At bits, OBS and refined have the damping that was chosen for greedy; the other solvers, and OBS by itself, "
-            "choose their own.",
+            "At bits, OBS and refined have the damping that was chosen for greedy; the other solvers, and OBS by "
+            "itself, choose their own.",
             table(network, rows, "bits"),
             table(network, rows, "pattern"),
             "\n".join(f"* {line}." for line in findings(rows)),
