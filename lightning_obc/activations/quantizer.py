@@ -169,6 +169,22 @@ class ActivationQuantizer:
             if enabled:
                 self.enable()
 
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse to be switched on for ``model`` when the hooks would go to another one, such as what it is a copy of.
+
+        Raises:
+            SpecError: The layers are not those of ``model``.
+        """
+        inside = {id(module) for module in model.modules()}
+        foreign = [name for name, module in self._layers.items() if id(module) not in inside]
+        if foreign:
+            raise SpecError(
+                "The activation quantizer belongs to another model object",
+                got=f"layers {', '.join(foreign[:8])} of another object",
+                expected="the model that it was made for",
+                remedy="use that model and copy it afterwards (copies stay quantized), or attach(model, frozen())",
+            )
+
     def freeze(self) -> ActivationQuantizer:
         """Fit the grids to what was observed.
 

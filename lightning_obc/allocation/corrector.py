@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Union
 
+import torch
 from torch import nn
 
 from lightning_obc.allocation.levels import Level
@@ -33,6 +34,7 @@ class Corrector:
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> None:
         self._how, self._batches, self._forward = how, batches, forward
+        self._state = {key: value.detach().clone() for key, value in model.state_dict().items()}
         stages = [how] if isinstance(how, Correct) else []
         self._dense = dense_references(model, stages, batches, forward=forward).get(0)
 
@@ -40,6 +42,12 @@ class Corrector:
     def stage(self) -> Correct | None:
         """The stage; None for a function, which no file can name."""
         return self._how if isinstance(self._how, Correct) else None
+
+    def restore_(self, model: nn.Module) -> None:
+        """Undo what stitching and corrections of before did: any of them may have changed anything."""
+        with torch.no_grad():
+            for key, value in model.state_dict().items():
+                value.copy_(self._state[key])
 
     def __call__(self, model: nn.Module, levels: Mapping[str, Level]) -> None:
         """Correct a model in place.

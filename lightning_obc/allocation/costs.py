@@ -7,7 +7,8 @@ Conventions, per sample (an image or a sequence, whose tokens are counted):
   every weight under a pattern of zeros adds one bit operation a position, the test of its mask bit.
 * bytes: 4 for a floating-point weight. A quantized weight needs its bits, 4 bytes per scale and its bits per zero
   point. N:M stores n of m values and ``ceil(log2 C(m, n))`` bits a group; other zeros one bit per weight (or block),
-  unless storing all values is smaller. This is the convention of the metrics, too.
+  unless storing all values is smaller. This is the convention of the metrics, too. A search counts all other
+  parameters of the model (embeddings, norms, biases) with 4 bytes.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from lightning_obc.allocation.recipe import write_recipe
 from lightning_obc.allocation.search import Profile
 from lightning_obc.allocation.stitch import stitch
 from lightning_obc.errors import BudgetError
+from lightning_obc.files import write_whole
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import charts, markdown, render
 
@@ -90,7 +91,19 @@ class SearchResult:
         return min(found, key=lambda p: p.loss)
 
     def apply_(self, model: nn.Module, point: CurvePoint) -> dict[str, LayerSolution]:
-        """Stitch a point into the model in place, correct it, and enable its activation quantization."""
+        """Stitch a point into the model in place, correct it, and enable its activation quantization.
+
+        The model is the one that was searched, dense or with another point applied: each starts from the dense state.
+
+        Raises:
+            SpecError: The point quantizes inputs, and the model is another object than the one that was searched.
+        """
+        if self.corrector is not None:
+            if self.quantizer is not None and any(
+                level.activations for level in self.database.profile_levels(point.profile).values()
+            ):
+                self.quantizer.check_model(model)
+            self.corrector.restore_(model)
         solutions = stitch(model, self.database, point.profile, quantizer=self.quantizer)
         if self.corrector is not None:
             self.corrector(model, self.database.profile_levels(point.profile))
@@ -165,16 +178,23 @@ class SearchResult:
             MissingExtraError: matplotlib is not installed.
         """
         if Path(path).suffix == ".svg":
-            Path(path).write_text(charts.standalone(charts.scatter(self.chart(), "Trade-off")), encoding="utf-8")
+            _write_text(Path(path), charts.standalone(charts.scatter(self.chart(), "Trade-off")))
             return
         draw_curve(self.to_dict(), path)
+
+    @property
+    def _by_hand(self) -> dict[str, str]:
+        """A remark where a recipe cannot tell the whole: a function that corrected the model."""
+        if self.corrector is None or self.corrector.stage is not None:
+            return {}
+        return {"corrected_by": "a function, which this file cannot run: correct the model again after the recipe"}
 
     def write(self, directory: str | Path) -> None:
         """Write ``curve.json``, ``curve.md`` and one recipe YAML per point into a directory."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "curve.json").write_text(json.dumps(self.to_dict(), indent=1))
-        (directory / "curve.md").write_text(self.markdown() + "\n")
+        _write_text(directory / "curve.json", json.dumps(self.to_dict(), indent=1))
+        _write_text(directory / "curve.md", self.markdown() + "\n")
         for point in self.points:
             remarks = {key: value for key, value in vars(point).items() if key != "profile"}
             name = f"{point.method}-{point.budget:g}.yaml"
@@ -184,5 +204,9 @@ class SearchResult:
                 point.profile,
                 activations=None if self.quantizer is None else self.quantizer.spec,
                 correct=None if self.corrector is None else self.corrector.stage,
-                remarks=remarks | {"cost_of": self.cost_name},
+                remarks=remarks | {"cost_of": self.cost_name} | self._by_hand,
             )
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_whole(path, lambda part: Path(part).write_text(text, encoding="utf-8"))

@@ -19,6 +19,7 @@ from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.collect import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.errors import LayerNotReachedError, SpecError
+from lightning_obc.files import write_whole
 from lightning_obc.layers.parts import LayerPart
 
 Runner = Callable[[str, nn.Module, Tensor, Level], Callable[[], Any]]
@@ -30,7 +31,8 @@ class LatencyTable:
 
     Attributes:
         seconds: ``{layer: {level: seconds}}``, by level names.
-        overhead: Seconds of everything that is not in the table; part of the dense model's time and of every budget.
+        overhead: Seconds of everything that is not in the table; part of the dense model's time and of every budget,
+            as are the dense seconds of layers in the table that are not searched.
     """
 
     seconds: Mapping[str, Mapping[str, float]]
@@ -77,7 +79,7 @@ class LatencyTable:
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         content = {"overhead": self.overhead, "seconds": self.seconds}
-        Path(path).write_text(json.dumps(content, indent=1))
+        write_whole(Path(path), lambda part: Path(part).write_text(json.dumps(content, indent=1), encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> LatencyTable:

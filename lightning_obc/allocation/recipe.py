@@ -170,7 +170,10 @@ def run_recipe(
         names = [name for name in recipe.levels if not isinstance(modules[name], LayerPart)]
         quantizer = ActivationQuantizer(model, names, spec=recipe.activations).observe(source, forward=forward).freeze()
     corrector = None if recipe.correct is None else Corrector(recipe.correct, model, source, forward)
-    hessians = collect_hessians(model, modules, source, forward=forward, rounds=spec.rounds, progress=progress)
+    drawing: dict[str, Any] = {"positions": spec.positions, "seed": spec.seed}
+    hessians = collect_hessians(
+        model, modules, source, forward=forward, rounds=spec.rounds, progress=progress, **drawing
+    )
     solutions = _apply(model, recipe, hessians, quantizer, progress)
     if corrector is not None:
         corrector(model, recipe.levels)

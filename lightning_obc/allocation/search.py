@@ -160,7 +160,7 @@ def check_budgets(budgets: Sequence[float], minimum: float, dense: float | None 
         raise BudgetError(
             "A budget is not a positive number",
             got=wrong,
-            expected=f"at least {minimum:.6g}, the best reachable budget",
+            expected=f"at least {minimum:.6g}, the best reachable budget" if minimum > 0 else "a number above 0",
         )
     small = [budget for budget in budgets if budget < minimum * (1 - _ROUNDING)]
     if small:

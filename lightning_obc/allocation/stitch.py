@@ -36,7 +36,7 @@ def stitch(
     Raises:
         LayerNotFoundError, DatabaseError: A layer or level that is not in the database.
         PatternError: A level that no longer fits its pattern.
-        SpecError: A level with quantized activations, and no quantizer.
+        SpecError: A level with quantized activations, and no quantizer, or one of another model.
     """
     unknown = sorted(set(profile) - set(database.layers))
     if unknown:
@@ -53,6 +53,8 @@ def stitch(
         )
     solutions = {name: database.solution(name, level) for name, level in levels.items()}
     modules = select_layers(model)
+    if quantizer is not None and any(level.activations for level in levels.values()):
+        quantizer.check_model(model)
     for name, solution in solutions.items():
         layer_adapter(modules[name]).check_matrix(modules[name], solution.weight)
     for name, solution in solutions.items():

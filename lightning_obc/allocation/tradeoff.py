@@ -22,7 +22,7 @@ from lightning_obc.allocation.costs import CostName, CostTable, LevelSize, cost_
 from lightning_obc.allocation.curve import CurvePoint, Method, SearchResult
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.latency import LatencyTable
-from lightning_obc.allocation.levels import Level, product, unstructured_ladder
+from lightning_obc.allocation.levels import FLOAT_BITS, Level, product, unstructured_ladder
 from lightning_obc.allocation.output_error import OutputError
 from lightning_obc.allocation.scores import activation_losses, layer_errors, sensitivity_scores, swap_losses
 from lightning_obc.allocation.search import Profile, Programme, check_budgets
@@ -94,8 +94,9 @@ def search(
         loss: ``loss(model)`` on calibration data, smaller is better. None means the squared error of the model's
             outputs on the calibration batches, relative to the dense model's.
         correct: Runs after every stitching: a :class:`~lightning_obc.Correct` stage, whose ``at`` is ignored, or
-            ``correct(model)``, which recipes cannot name.
+            ``correct(model)``, which recipes cannot run, but say that it is lacking.
         directory: Where the database is kept, to be gone on with; None takes a directory that goes with the result.
+            Levels in it that are not among ``levels`` are left alone.
         layers: Names, globs or type names; None means every supported layer.
         exclude: Names, globs or type names that stay dense.
         calibration: How much data is used; only its independent mode.
@@ -136,7 +137,7 @@ def search(
         corrector = None if correct is None else Corrector(correct, model, source, forward)
         setting = _Setting(model, database, source, forward, loss, corrector, cleanup.restore)
         setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
-        table, fixed, dense_cost = _costs(setting, cost, mask_cost, edges_at_8)
+        table, fixed, dense_cost = _costs(setting, cost, wanted, mask_cost, edges_at_8)
         if not dense_cost > 0:
             raise SpecError("The dense model costs nothing", got=dense_cost, expected="timings above 0")
         # In shares of the dense cost, as budgets are given and as errors name them.
@@ -241,7 +242,7 @@ def _database(
             layers=layers,
             exclude=exclude,
             recipe=recipe,
-            calibration={key: getattr(spec, key) for key in ("samples", "rounds", "batch_size", "seed")},
+            calibration=_drawn(spec),
             progress=progress,
         )
     except BaseException:
@@ -251,6 +252,12 @@ def _database(
     if directory is None:
         weakref.finalize(database, shutil.rmtree, path, ignore_errors=True)
     return database
+
+
+def _drawn(spec: Calibration) -> dict[str, Any]:
+    """What decides the statistics, for fingerprint and recipes; sampled positions are named where there are any."""
+    values = {key: getattr(spec, key) for key in ("samples", "rounds", "batch_size", "seed")}
+    return values if spec.positions is None else values | {"positions": spec.positions}
 
 
 def _quantizer(
@@ -269,25 +276,32 @@ def _quantizer(
 
 
 def _costs(
-    setting: _Setting, cost: CostName | LatencyTable, mask_cost: bool, edges_at_8: bool
+    setting: _Setting, cost: CostName | LatencyTable, wanted: Sequence[Level], mask_cost: bool, edges_at_8: bool
 ) -> tuple[CostTable, float, float]:
     """Costs of all levels that may be chosen, of what has no choice, and of the dense model."""
     model, database = setting.model, setting.database
     everything = {name: module for name, module in select_layers(model).items() if not is_lookup(module)}
-    allowed = {name: _allowed(name, everything, database.levels(name), edges_at_8) for name in database.layers}
+    # The directory may hold more levels than this search was given.
+    offered = {level.name for level in [Level(), *wanted]}
+    levels = {name: [level for level in database.levels(name) if level.name in offered] for name in database.layers}
+    allowed = {name: _allowed(name, everything, levels[name], edges_at_8) for name in database.layers}
     if isinstance(cost, LatencyTable):
         table = cost.costs(allowed)
-        return table, cost.overhead, cost.overhead + sum(row[Level().name] for row in table.values())
-    sizes = {
-        name: {level.name: by_level[level.name] for level in allowed[name]}
-        for name, by_level in database.sizes().items()
-    }
+        others = [cost.seconds[name] for name in everything if name not in table and name in cost.seconds]
+        fixed = cost.overhead + sum(row.get(Level().name, 0.0) for row in others)
+        return table, fixed, fixed + sum(row[Level().name] for row in table.values())
+    sizes = database.sizes()
+    sizes = {name: {level.name: sizes[name][level.name] for level in chosen} for name, chosen in allowed.items()}
     batch = next(iter(setting.source))
     positions = count_positions(model, everything, batch, forward=setting.forward, skip_unreached=True)
     table = cost_table(cost, sizes, positions, mask_cost=mask_cost)
-    rest = [name for name in everything if name not in table and (name in positions or cost == "bytes")]
-    dense = {name: LevelSize.dense(_numel(everything[name])) for name in rest}
-    fixed = sum(level_cost(cost, size, positions.get(name, 0.0)) for name, size in dense.items())
+    if cost == "bytes":
+        searched = sum(row[Level().name].weights for row in sizes.values())
+        rest = sum(parameter.numel() for parameter in model.parameters()) - searched
+        fixed = max(0, rest) * FLOAT_BITS / 8
+    else:
+        dense = {name: LevelSize.dense(_numel(everything[name])) for name in positions if name not in table}
+        fixed = sum(level_cost(cost, size, positions[name]) for name, size in dense.items())
     return table, fixed, fixed + sum(row[Level().name] for row in table.values())
 
 
@@ -364,17 +378,29 @@ def _uniform(
 ) -> Profile | None:
     """The same level for all layers: of those within the budget, the one of least total score.
 
-    A layer that lacks the level takes it without its zeros, or else stays dense.
+    A layer that may not take the level (its shape, ``edges_at_8``, an input that no hook sees) takes the cheapest of
+    those that are no stronger in zeros, weights and inputs.
     """
-    names = {level.name: level for name in table for level in database.levels(name)}
+    levels = {name: {level.name: level for level in database.levels(name)} for name in table}
+    offered = {level: levels[name][level] for name, row in table.items() for level in row}
     best: tuple[float, Profile] | None = None
-    for level in names.values():
-        plain = Level(None, level.grid, level.activations).name
-        profile = {
-            name: next(option for option in (level.name, plain, Level().name) if option in row)
-            for name, row in table.items()
-        }
+    for level in offered.values():
+        profile = {name: _closest(level, levels[name], row) for name, row in table.items()}
         score = sum(scores[name][chosen] for name, chosen in profile.items())
         if programme.cost(profile) <= budget * (1 + 1e-9) and (best is None or score < best[0]):
             best = (score, profile)
     return None if best is None else best[1]
+
+
+def _closest(level: Level, levels: Mapping[str, Level], costs: Mapping[str, float]) -> str:
+    """The level itself where a layer may take it, else the cheapest that removes and rounds no more than it does."""
+    if level.name in costs:
+        return level.name
+    fitting = [
+        name
+        for name in costs
+        if levels[name].pattern in (None, level.pattern)
+        and levels[name].weight_bits >= level.weight_bits
+        and levels[name].activation_bits >= level.activation_bits
+    ]
+    return min(fitting, key=lambda name: costs[name])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 from lightning_obc.activations import ActivationGrid
@@ -21,7 +22,7 @@ from lightning_obc.allocation.recipe import read_recipe, run_recipe
 from lightning_obc.allocation.spdy import SPDY
 from lightning_obc.allocation.tradeoff import default_levels, search
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import BudgetError, CalibrationError, MissingExtraError, SpecError
+from lightning_obc.errors import BudgetError, CalibrationError, FingerprintError, MissingExtraError, SpecError
 from lightning_obc.specs import Calibration, IntGrid
 
 SMALL = SPDY(starts=4, tries=4, evaluations=8)
@@ -133,7 +134,11 @@ def test_latency_budgets(model: Any, batches: list[Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [(0.0, "not a positive number"), (-1.0, "not a positive"), (1.5, "larger than the cost of the dense model")],
+    [
+        (0.0, "(?s)not a positive number.*a number above 0"),
+        (-1.0, "not a positive"),
+        (1.5, "larger than the cost of the dense model"),
+    ],
 )
 def test_impossible_budgets_fail_before_any_work(
     budget: float, message: str, model: Any, batches: list[Tensor], tmp_path: Path
@@ -249,3 +254,113 @@ def test_default_levels_suit_the_cost() -> None:
     assert len(default_levels("flops")) > 30
     assert {level.weight_bits for level in default_levels("bytes")} == {32, 8, 6, 4, 3, 2}
     assert any(level.activations for level in default_levels("bops"))
+
+
+def test_sampled_positions_belong_to_recipe_and_database(model: Any, batches: list[Tensor], tmp_path: Path) -> None:
+    dense, again = copy.deepcopy(model), copy.deepcopy(model)
+    levels = [Level(), *product([0.5], [(None, None)])]
+    options: dict[str, Any] = {"cost": "flops", "levels": levels, "methods": ["dp"], "directory": tmp_path / "db"}
+    result = run(model, batches, [0.6], calibration=Calibration(positions=5, seed=3), **options)
+    result.write(tmp_path)
+    result.apply_(model, result.point(0.6))
+    run_recipe(dense, tmp_path / "dp-0.6.yaml", batches)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, dense.state_dict()[key]), key
+    with pytest.raises(FingerprintError, match="positions: None instead of 5"):
+        run(again, batches, [0.6], **options)
+
+
+def test_levels_of_an_older_search_in_the_directory_are_not_chosen(
+    model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    few = product([None], [(None, None), (2, None)])
+    more = product([None], [(None, None), (8, None), (2, None)])
+    budgets, options = [0.5], {"cost": "bytes", "directory": tmp_path / "db"}
+    alone = run(model, batches, budgets, levels=few, cost="bytes", scores="loss")
+    better = run(model, batches, budgets, levels=more, **options)
+    assert "w8" in better.point(0.5).profile.values()
+    after = run(model, batches, budgets, levels=few, scores="loss", **options)
+    assert [p.profile for p in after.points] == [p.profile for p in alone.points]
+    assert {level for p in after.points for level in p.profile.values()} <= {"dense", "w2"}
+
+
+def test_a_uniform_model_takes_eight_bits_where_edges_do(model: Any, batches: list[Tensor]) -> None:
+    """Not the float layer: the baseline would look worse than it is."""
+    levels = product([None], [(None, None), (8, 8), (4, 4)])
+    result = run(model, batches, [0.05], levels=levels, edges_at_8=True, methods=["uniform"])
+    assert result.point(0.05).profile == {"stem": "w8+a8", "mix": "w4+a4", "head": "w8+a8"}
+
+
+def test_layers_that_are_not_searched_keep_their_time(model: Any, batches: list[Tensor]) -> None:
+    levels = product([None], [(None, None), (8, 8)])
+    table = LatencyTable({name: {"dense": 4.0, "w8+a8": 1.0} for name in ("stem", "mix", "head")}, overhead=2.0)
+    result = run(model, batches, [0.58], cost=table, levels=levels, methods=["dp"], exclude=["head"])
+    assert result.dense_cost == 14.0
+    assert result.point(0.58).cost * 14.0 == pytest.approx(8.0)
+
+
+def test_bytes_count_every_parameter() -> None:
+    """An embedding, biases and norms are on disk too, and are not searched."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(50, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Flatten(), nn.Linear(24, 4)).eval()
+    tokens = torch.randint(50, (32, 3))
+    levels = product([None], [(None, None), (4, None)])
+    result = search(net, [tokens], [0.8], lambda _: 0.0, cost="bytes", levels=levels, methods=["dp"])
+    assert result.dense_cost == 4 * sum(parameter.numel() for parameter in net.parameters())
+    point = result.point(0.8)
+    quantized = {name: module for name, module in (("2", net[2]), ("4", net[4])) if point.profile[name] == "w4"}
+    assert quantized
+    # 28 bits less per weight; each row pays 32 bits of scale and 4 of zero point.
+    saved = sum(28 * module.weight.numel() - 36 * len(module.weight) for module in quantized.values()) / 8
+    assert point.cost * result.dense_cost == pytest.approx(result.dense_cost - saved)
+
+
+def test_points_follow_each_other_as_if_from_the_dense_model(model: Any, batches: list[Tensor]) -> None:
+    def correct(other: Any) -> None:
+        with torch.no_grad():
+            other.norm.bias.add_(1.0)
+
+    result = run(model, batches, [0.3, 0.1], correct=correct, methods=["dp"])
+    before = model.norm.bias.clone()
+    for budget in (0.3, 0.1, 0.1):
+        result.apply_(model, result.point(budget))
+        assert torch.equal(model.norm.bias, before + 1)
+
+
+def test_quantized_inputs_never_go_to_another_object(model: Any, batches: list[Tensor]) -> None:
+    result = run(model, batches, [0.05], methods=["dp"], correct=Correct("batch_norm", batches=1))
+    other = copy.deepcopy(model)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(SpecError, match="another model object"):
+        result.apply_(other, result.point(0.05))
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_recipes_say_that_a_function_corrected(model: Any, batches: list[Tensor], tmp_path: Path) -> None:
+    run(model, batches, [0.3], correct=lambda _: None, methods=["dp"]).write(tmp_path)
+    remarks = yaml.safe_load((tmp_path / "dp-0.3.yaml").read_text())["remarks"]
+    assert remarks["corrected_by"].startswith("a function")
+
+
+def test_files_of_a_curve_are_replaced_whole(
+    model: Any, batches: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(model, batches, [0.3], methods=["dp"])
+    result.write(tmp_path)
+    table = LatencyTable({"stem": {"dense": 1.0}})
+    table.save(tmp_path / "table.json")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(path: Path, text: str, *_: Any, **__: Any) -> None:
+        with path.open("w") as file:
+            file.write(text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    for write in (lambda: result.write(tmp_path), lambda: table.save(tmp_path / "table.json")):
+        with pytest.raises(KeyboardInterrupt):
+            write()
+    with pytest.raises(KeyboardInterrupt):
+        result.plot(tmp_path / "curve.svg")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
