@@ -9,13 +9,16 @@ from lightning_obc.errors import ShapeError
 from lightning_obc.kernels.hessian_update import (
     ConvGeometry,
     accumulate_conv_,
+    accumulate_cross_conv_,
+    accumulate_cross_linear_,
     accumulate_linear_,
     exact_products,
     naive_conv,
     naive_linear,
     symmetrise_,
 )
-from lightning_obc.kernels.hessian_update.linear import CHUNK, NARROW, STRIP
+from lightning_obc.kernels.hessian_update.conv import conv_patches
+from lightning_obc.kernels.hessian_update.linear import CHUNK, NARROW, STRIP, add_products_
 from lightning_obc.kernels.hessian_update.rows import accumulate_rows_, rows_pay
 
 # Largest error of float32 products of CHUNK positions, relative to √(H_ii·H_jj). Whatever order a processor's kernel
@@ -155,6 +158,40 @@ def test_sums_add_up_over_calls_and_memory_format_does_not_matter() -> None:
     accumulate_conv_(out, x[:2], geometry)
     accumulate_conv_(out, x[2:].contiguous(memory_format=torch.channels_last), geometry)
     torch.testing.assert_close(symmetrise_(out), naive_conv(x, geometry))
+
+
+@pytest.mark.parametrize("exponent", [-100, -45, 45, 120])
+def test_activations_of_any_scale_keep_their_bits(exponent: int) -> None:
+    """Squares of 1e-27 are zero in float32, those of 1e27 infinite; a power of two changes no bit of a product."""
+    torch.manual_seed(0)
+    positions, images, other = torch.randn(CHUNK + 9, 2, 40), torch.randn(3, 64, 31, 31), torch.randn(3, 64, 31, 31)
+    geometry = ConvGeometry((3, 3), *SQUARE)
+    factor = 2.0**exponent
+    outs = []
+    for scale in (1.0, factor):
+        linear, conv = torch.zeros(2, 40, 40).double(), torch.zeros(1, 576, 576).double()
+        cross, crossed = torch.zeros(2, 40, 40).double(), torch.zeros(1, 576, 576).double()
+        accumulate_linear_(linear, positions * scale)
+        for patches in conv_patches(images * scale, geometry):
+            add_products_(conv, patches)
+        accumulate_cross_linear_(cross, positions * scale, positions.flip(0) * scale)
+        accumulate_cross_conv_(crossed, images * scale, other, geometry)
+        outs.append((linear / scale**2, conv / scale**2, cross / scale**2, crossed / scale))
+    for plain, scaled in zip(*outs, strict=True):
+        assert torch.equal(plain, scaled)
+    whole = torch.zeros(1, 576, 576).double()
+    accumulate_conv_(whole, images * factor, geometry)
+    assert not rows_pay(images * factor, geometry)
+    assert_equals(symmetrise_(whole), naive_conv(images * factor, geometry), PRODUCT_ERROR)
+
+
+def test_no_scale_mends_what_is_not_finite() -> None:
+    for bad in (torch.nan, torch.inf):
+        x = torch.full((5, 1, NARROW + 1), 1e-30)
+        x[2, 0, 3] = bad
+        out = torch.zeros(1, NARROW + 1, NARROW + 1).double()
+        accumulate_linear_(out, x)
+        assert not out[0, 3, 3].isfinite()
 
 
 def test_the_input_is_not_changed() -> None:

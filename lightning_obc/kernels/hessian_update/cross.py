@@ -8,7 +8,7 @@ from lightning_obc.errors import ShapeError
 from lightning_obc.kernels.hessian_update.conv import conv_patches
 from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import CHUNK, NARROW, check_accumulator
-from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
+from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products, in_unit
 
 
 def accumulate_cross_linear_(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -57,4 +57,8 @@ def accumulate_cross_conv_(out: Tensor, a: Tensor, b: Tensor, geometry: ConvGeom
 def _add_product_(out: Tensor, a: Tensor, b: Tensor) -> None:
     if out.shape[0] * out.shape[1] <= NARROW:
         a, b = a.double(), b.double()
-    out.add_(a.permute(1, 2, 0) @ b.transpose(0, 1))
+    (a, first), (b, second) = in_unit(a), in_unit(b)
+    product = a.permute(1, 2, 0) @ b.transpose(0, 1)
+    for unit in (first, second):
+        product = product if unit is None else product.double() * unit
+    out.add_(product)

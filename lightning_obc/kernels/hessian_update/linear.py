@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import ShapeError
-from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products
+from lightning_obc.kernels.hessian_update.precision import as_accumulable, exact_products, in_unit
 from lightning_obc.kernels.hessian_update.sampling import drawn_positions
 
 # Positions in one float32 product. Its rounding error grows with the number of positions, float64's does not.
@@ -62,18 +62,23 @@ def check_accumulator(out: Tensor) -> None:
 def add_products_(out: Tensor, x: Tensor) -> None:
     """One product of ``[n, g, d]`` positions, upper strips only: in the dtype of ``x``, narrow ones in float64."""
     groups, columns = out.shape[:2]
-    if groups * columns <= NARROW:
-        x = x.double()
+    x, unit = (x.double(), None) if groups * columns <= NARROW else in_unit(x)
     if groups == 1:
         flat, upper = x[:, 0], out[0]
         for start in range(0, columns, STRIP):
             stop = min(start + STRIP, columns)
-            upper[start:stop, start:].add_(flat[:, start:stop].T @ flat[:, start:])
+            upper[start:stop, start:].add_(squared(flat[:, start:stop].T @ flat[:, start:], unit))
     else:
         by_group = x.transpose(0, 1)
         for start in range(0, columns, STRIP):
             stop = min(start + STRIP, columns)
-            out[:, start:stop, start:].add_(by_group[..., start:stop].transpose(1, 2) @ by_group[..., start:])
+            product = by_group[..., start:stop].transpose(1, 2) @ by_group[..., start:]
+            out[:, start:stop, start:].add_(squared(product, unit))
+
+
+def squared(product: Tensor, unit: Tensor | None) -> Tensor:
+    """A product of inputs in ``unit``, in float64 and back in its own scale."""
+    return product if unit is None else product.double() * unit.square()
 
 
 def symmetrise_(out: Tensor) -> Tensor:

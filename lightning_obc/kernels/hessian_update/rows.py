@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_obc.kernels.hessian_update.geometry import ConvGeometry
 from lightning_obc.kernels.hessian_update.linear import CHUNK
-from lightning_obc.kernels.hessian_update.precision import as_accumulable
+from lightning_obc.kernels.hessian_update.precision import as_accumulable, in_range
 
 # Where this form was measured to be faster than strips of patches: 1.4 to 2.4 times from these sizes on.
 _LEAST_WIDTH = 64
@@ -34,7 +34,8 @@ def rows_pay(x: Tensor, geometry: ConvGeometry) -> bool:
         return False
     sizes = geometry.output_size(geometry.padded_size(x.shape[2:]))
     wide = x.shape[1] * geometry.positions // taps >= _LEAST_WIDTH
-    return wide and sizes[0] >= _LEAST_BORDERS * border and x.shape[0] * math.prod(sizes) >= _LEAST_POSITIONS
+    large = sizes[0] >= _LEAST_BORDERS * border and x.shape[0] * math.prod(sizes) >= _LEAST_POSITIONS
+    return wide and large and in_range(as_accumulable(x))
 
 
 def accumulate_rows_(out: Tensor, x: Tensor, geometry: ConvGeometry) -> None:
