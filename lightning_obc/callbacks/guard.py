@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_obc.callbacks.held import HeldLayer, HeldWeights, is_computed
+from lightning_obc.callbacks.step_hooks import StepHooks
 from lightning_obc.errors import SpecError
 from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.metrics.functional import whole
@@ -47,7 +48,7 @@ class MaskGuard(Callback):
         self.layers, self.exclude, self.min_sparsity = layers, exclude, min_sparsity
         self._held = HeldWeights()
         self._restored = False
-        self._hooks: list[Any] = []
+        self._hooks = StepHooks()
 
     @property
     def masks(self) -> dict[str, torch.Tensor]:
@@ -76,10 +77,7 @@ class MaskGuard(Callback):
         if not self._restored:
             self._take(pl_module)
         self._held.bind(pl_module)
-        self._detach()
-        for optimizer in trainer.optimizers:
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._hooks.attach(trainer, lambda: self._held.apply_())
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -91,22 +89,11 @@ class MaskGuard(Callback):
         self._held.apply_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
+        self._hooks.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
+        self._hooks.detach()
         self._held.unbind()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hooks": []}
-
-    def _after_step(self, *_: Any) -> None:
-        self._held.apply_()
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     def _take(self, module: LightningModule) -> None:
         masks, empty = _zeros(select_layers(module, self.layers, self.exclude), self.min_sparsity)

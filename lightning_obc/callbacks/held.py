@@ -130,6 +130,14 @@ class HeldWeights:
         _check_live(bound, self.layers)
         self._bound = {name: held for name, held in bound.items() if held is not None}
 
+    def kept(self) -> Any:
+        """What is held now, for :meth:`take_back`."""
+        return dict(self.layers), dict(self._bound)
+
+    def take_back(self, kept: Any) -> None:
+        """Hold again what was held at an earlier :meth:`kept`; the weights must be those of that time."""
+        self.layers, self._bound = kept
+
     def copy_of(self, model: nn.Module) -> HeldCopy:
         """What is held, for another model with the same layers, such as an average of the weights."""
         modules = _compressible(model) if self.layers else {}

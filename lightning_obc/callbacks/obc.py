@@ -32,6 +32,7 @@ from lightning_obc.callbacks.passes import (
 from lightning_obc.callbacks.pictures import log_pictures
 from lightning_obc.callbacks.recording import checkpoint_path, when, write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
+from lightning_obc.callbacks.step_hooks import StepHooks
 from lightning_obc.callbacks.timetable import (
     Timetable,
     any_of,
@@ -110,7 +111,7 @@ class OBCCallback(Callback):
         self.checkpoint_path: Optional[Path] = None
         self._state = self._fresh()
         self._module: Optional[ref[LightningModule]] = None
-        self._hooks: list[Any] = []
+        self._hooks = StepHooks()
         self._averages, self._trained = Averages(), False
         self._edges: Optional[Edges] = None
         self._figures: dict[str, tuple[float, float]] = {}
@@ -123,7 +124,7 @@ class OBCCallback(Callback):
         return RunState(Timetable(expand(self.stages)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_module": None, "_hooks": [], "_averages": Averages()}
+        return self.__dict__ | {"_module": None, "_averages": Averages()}
 
     # What users read.
     @property
@@ -217,10 +218,7 @@ class OBCCallback(Callback):
         warn_hazards(trainer, self._state.timetable.open())
         self._state.held.bind(pl_module)
         self._averages.bind(trainer, self._state.held)
-        self._detach()
-        for optimizer in trainer.optimizers:
-            if hasattr(optimizer, "register_step_post_hook"):
-                self._hooks.append(optimizer.register_step_post_hook(self._after_step))
+        self._hooks.attach(trainer, lambda: self._state.held.apply_())
         self._run_due(trainer, pl_module, at_train_start)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -239,9 +237,6 @@ class OBCCallback(Callback):
 
     def _at_plateau(self, stage: Stage) -> bool:
         return at_plateau(self._state.watch.reached)(stage)
-
-    def _after_step(self, *_: Any) -> None:
-        self._state.held.apply_()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -299,17 +294,12 @@ class OBCCallback(Callback):
             follow(trainer, self._state.timetable, self._state.watch, validation=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
+        self._hooks.detach()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
+        self._hooks.detach()
         self._state.held.unbind()
         self._averages.unbind()
-
-    def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
 
     # What happens then.
     def _run_due(
@@ -329,7 +319,7 @@ class OBCCallback(Callback):
             dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
             for index, stage in stages.items():
                 figures: dict[str, float] = {}
-                with whole_or_not(module, stage, self.calibration):
+                with whole_or_not(module, stage, self.calibration), self._state.whole_or_not():
                     if isinstance(stage, Correct):
                         self._correct(module, stage, collect, dense[index])
                     else:
@@ -360,7 +350,8 @@ class OBCCallback(Callback):
         for layer in plan.layers:
             if layer.name in report.solutions:
                 self._state.held.hold(layer.name, layer.module, layer.stage, report.solutions[layer.name])
-        self._state.inputs |= {name: grid for name, grid in attached(module).items() if name in report.activations}
+        found = {name: grid for name, grid in attached(module).items() if name in report.activations}
+        self._state.inputs = self._state.inputs | found
         self._state.reports.append(report)
         if self.verbose:
             say(module, f"\n{report.table()}")

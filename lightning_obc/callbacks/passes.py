@@ -21,7 +21,7 @@ from lightning_obc.callbacks.plateau import PlateauWatch, monitored
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import DenseReference, dense_references
 from lightning_obc.correction_spec import Correct
-from lightning_obc.distributed import all_or_none, is_sharded
+from lightning_obc.distributed import all_or_none, exchange, is_sharded
 from lightning_obc.errors import ExportError, ScheduleError, StrategyError, UnsupportedLayerError
 from lightning_obc.layers import LayerPart, select_layers
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
@@ -133,21 +133,22 @@ def follow(trainer: Trainer, timetable: Timetable, watch: PlateauWatch, *, valid
         return
     if plateau.monitor not in logged and watch.validated is None and compat.validates(trainer):
         return
-    value = trainer.strategy.reduce(torch.tensor(monitored(plateau, logged)), reduce_op="mean")
-    watch.observe(plateau, float(value), trainer.global_step)
+    # Not strategy.reduce: NCCL takes no tensor of the host.
+    with all_or_none(compat.ranks(trainer)):
+        values = exchange(compat.ranks(trainer), monitored(plateau, logged))
+    watch.observe(plateau, sum(values) / len(values), trainer.global_step)
 
 
 @contextmanager
 def whole_or_not(module: nn.Module, stage: Stage, spec: Calibration) -> Iterator[None]:
     """After an exception or an interrupt inside, the model is as it was before the stage.
 
-    A checkpoint that is saved then, with a stage that counts as not run, must not hold half of it. Independent
-    calibration writes all layers at its end; where something is written earlier, or ranges of inputs are found later,
-    the weights are copied to host memory first.
+    A checkpoint that is saved then, with a stage that counts as not run, must not hold half of it. Parameters are
+    copied to host memory first, and buffers too where the stage corrects something.
     """
-    early = spec.paired or spec.bias or isinstance(stage, Correct) or quantizes_inputs(stage)
+    corrects = spec.paired or spec.bias or isinstance(stage, Correct) or quantizes_inputs(stage)
     inputs = attached(module)
-    tensors = [*module.parameters(), *module.buffers()] if early else []
+    tensors = [*module.parameters(), *(module.buffers() if corrects else ())]
     saved = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
     try:
         yield

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +45,18 @@ class RunState:
     dense_when: str = ""
     dense_step: int = 0
     watch: PlateauWatch = field(default_factory=PlateauWatch)
+
+    @contextmanager
+    def whole_or_not(self) -> Iterator[None]:
+        """After an exception or an interrupt inside, the state is as it was before: that of weights taken back."""
+        held, inputs, reports, corrections = self.held.kept(), self.inputs, len(self.reports), len(self.corrections)
+        try:
+            yield
+        except BaseException:
+            self.held.take_back(held)
+            self.inputs = inputs
+            del self.reports[reports:], self.corrections[corrections:]
+            raise
 
     def finish(self, index: int) -> None:
         """A stage is done; metrics that the next one waits for are those of another model."""

@@ -13,6 +13,7 @@ from torch import nn
 
 import lightning_obc as obc
 from lightning_obc import pipeline
+from lightning_obc.callbacks.held import HeldWeights
 
 RECIPES: dict[str, list[Any]] = {
     "gradual": [
@@ -101,6 +102,34 @@ def test_resume_of_a_run_that_was_interrupted_inside_a_stage(
     assert torch.load(path, weights_only=True)["state_dict"]["fc.weight"].ne(0).all()
     assert same(weights(fit(tmp_path, kind, resume=str(path), spec=spec, store=tmp_path / "store")), expected)
     assert calls[0] == 2, "the layer that was solved before is not solved again"
+
+
+@pytest.mark.parametrize(("owner", "method"), [(pipeline._StageRun, "apply_"), (HeldWeights, "hold")])
+def test_an_interrupt_behind_the_solving_leaves_no_half_of_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, method: str
+) -> None:
+    """Weights are written already; what is saved then says that the stage has not run, and must be as it was."""
+    own = getattr(owner, method)
+
+    def interrupted(*args: Any) -> None:
+        own(*args)
+        raise Stop
+
+    class Stop(BaseException):
+        pass
+
+    monkeypatch.setattr(owner, method, interrupted)
+    callback, model = make_callback([obc.Prune("2:4", at="train_start")]), Small()
+    before = weights(model)
+    with pytest.raises(Stop):
+        quiet_trainer(tmp_path, callback).fit(model, loader())
+    assert same(weights(model), before)
+    state = callback.state_dict()
+    assert (state["done"], state["layers"], state["reports"]) == ([], {}, [])
+    monkeypatch.setattr(owner, method, own)
+    quiet_trainer(tmp_path, callback).fit(model, loader())
+    assert is_two_four(model.conv.weight)
+    assert is_two_four(model.fc.weight)
 
 
 @pytest.fixture(scope="module")
