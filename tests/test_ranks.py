@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lightning_obc as obc
 from lightning_obc import shared_rows
 from lightning_obc.errors import NonFiniteError, RankError
+from lightning_obc.team import Team
 
 
 class Net(nn.Module):
@@ -200,6 +201,14 @@ def test_weights_that_come_to_differ_are_an_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(_StageRun, "apply_", apply_)
     found = run_ranks(2, lambda ranks: compressed(obc.Prune(0.5), ranks))
     assert all(isinstance(error, RankError) and "wide.weight" in str(error) for error in found)
+
+
+def test_masks_that_differ_under_equal_weights_are_an_error() -> None:
+    """A weight may be zero by itself: only its mask says whether it will stay so."""
+    found = run_ranks(2, lambda ranks: Team(ranks).end(network(), {"head": torch.arange(4) > ranks.rank}))
+    assert all(isinstance(error, RankError) and "different masks. Got: head" in str(error) for error in found)
+    found = run_ranks(2, lambda ranks: Team(ranks).end(network(), {"head": torch.arange(4) > 1}))
+    assert [work.rank for work in found[0]] == [0, 1]
 
 
 def test_buffers_are_those_of_the_first_rank() -> None:

@@ -108,6 +108,25 @@ def test_a_failure_or_a_difference_on_one_rank_stops_all_with_a_name(two: list[d
         assert found["other is dense"]
 
 
+def test_companions_on_two_ranks(two: list[dict[str, Any]]) -> None:
+    first, second = (rank["companions"] for rank in two)
+    assert all(torch.equal(second["weights"][key], value) for key, value in first["weights"].items())
+    zeros = first["weights"]["fc.weight"] == 0
+    assert torch.equal(zeros, (torch.arange(8) % 2 == 0).expand(4, 8))
+    assert list(first["masks"]) == ["fc"]
+    # The second value is no improvement: the stage runs before the third epoch, of three steps each, on both ranks.
+    assert first["when"] == second["when"] == "just before the first stage (epoch 2, step 6)"
+    assert levels(first["weights"]["conv.weight"]) <= 8
+    # The best file is from behind the stage, and one for both, though each scores it on its own data.
+    assert first["best"] == second["best"]
+    assert first["score"] != second["score"]
+    saved = torch.load(first["best"], weights_only=True)
+    assert "stage=1" in first["best"]
+    assert levels(saved["state_dict"]["conv.weight"]) <= 8
+    assert torch.equal(saved["state_dict"]["fc.weight"] == 0, zeros)
+    assert first["refused"].startswith("BatchNormReset works on one device")
+
+
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [
