@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
@@ -60,6 +60,17 @@ def test_guarded_zeros_stay_and_the_rest_trains(tmp_path, kind, optimizer, optio
     for name, where in mask.items():
         moved = getattr(module, name).weight != before[f"{name}.weight"]
         assert bool(moved[~where].any())
+
+
+@pytest.mark.parametrize(
+    "averaging", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(0.1, swa_epoch_start=1)]
+)
+def test_averages_of_guarded_weights_have_their_zeros(tmp_path, averaging):
+    module = magnitude_pruned(Small(torch.optim.SGD, lr=0.1, momentum=0.9))
+    mask, before = zeros(module), weights(module)
+    quiet_trainer(tmp_path, obc.MaskGuard(), averaging()).fit(module, loader())
+    assert holds(module, mask)
+    assert not same(weights(module), before)
 
 
 def test_without_the_guard_the_zeros_are_lost(tmp_path):
