@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_obc as obc
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [
@@ -32,6 +34,17 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{EXAMPLES[name]}"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_documented_and_in_the_changelog() -> None:
+    documents = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    # In code, where a name that is also an English word means the name.
+    written = {
+        place: set(re.findall(r"\w+", " ".join(re.findall(r"```.*?```|`[^`]+`", text, flags=re.DOTALL))))
+        for place, text in (("documents", documents), ("changelog", (ROOT / "CHANGELOG.md").read_text()))
+    }
+    public = set(obc.__all__) - {"__version__"}
+    assert {place: sorted(public - words) for place, words in written.items()} == {"documents": [], "changelog": []}
 
 
 def test_commands_name_what_exists() -> None:

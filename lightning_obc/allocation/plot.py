@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_obc.errors import MissingExtraError
+from lightning_obc.files import write_whole
 
 LABELS = {"uniform": "uniform", "dp": "dynamic programme", "spdy": "SPDY"}
 COST_NAMES = {"flops": "FLOPs", "bops": "BOPs", "bytes": "bytes", "seconds": "time"}
@@ -57,4 +58,6 @@ def draw_curve(curve: Mapping[str, Any], path: str | Path) -> None:
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
     figure.legend(frameon=False, loc="outside lower center", ncols=4)
-    figure.savefig(Path(path), dpi=150)
+    target = Path(path)
+    form = target.suffix.removeprefix(".") or None
+    write_whole(target, lambda part: figure.savefig(part, dpi=150, format=form))

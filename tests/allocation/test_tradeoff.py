@@ -22,7 +22,14 @@ from lightning_obc.allocation.recipe import read_recipe, run_recipe
 from lightning_obc.allocation.spdy import SPDY
 from lightning_obc.allocation.tradeoff import default_levels, search
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import BudgetError, CalibrationError, FingerprintError, MissingExtraError, SpecError
+from lightning_obc.errors import (
+    BudgetError,
+    CalibrationError,
+    ExportError,
+    FingerprintError,
+    MissingExtraError,
+    SpecError,
+)
 from lightning_obc.specs import Calibration, IntGrid
 
 SMALL = SPDY(starts=4, tries=4, evaluations=8)
@@ -236,7 +243,17 @@ def test_plots(model: Any, batches: list[Tensor], tmp_path: Path, monkeypatch: p
             result.plot(tmp_path / "curve.png")
     pytest.importorskip("matplotlib")
     result.plot(tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    drawn = (tmp_path / "curve.png").read_bytes()
+    assert drawn.startswith(b"\x89PNG")
+
+    def full(figure: Any, file: Any, **options: Any) -> None:
+        Path(file).write_bytes(drawn[:100])
+        raise OSError("no space left")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(ExportError, match="no space left"):
+        result.plot(tmp_path / "curve.png")
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [drawn]
 
 
 def test_options_that_cannot_be_meant(model: Any, batches: list[Tensor]) -> None:
