@@ -106,7 +106,7 @@ def test_a_large_layer_is_shared_by_rows_and_the_work_of_each_rank_falls(monkeyp
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4", "block"])
-def test_shared_rows_are_bit_for_bit_those_of_one_process(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_rows_have_the_masks_and_weights_of_one_process(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_rows, "LEAST_FLOPS", 0.0)
     torch.manual_seed(0)
     x = torch.randn(32, 100, dtype=torch.float64)
