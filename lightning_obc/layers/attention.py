@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accumulate_linear_, ieee_float32, symmetrise_
 from lightning_obc.layers.base import ProblemShape
+from lightning_obc.layers.linear import OneProduct
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 
 _INPUTS = ("query", "key", "value")
@@ -40,7 +41,7 @@ def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [given[name] for name in _INPUTS]
 
 
-class ProjectionAdapter(PartAdapter):
+class ProjectionAdapter(OneProduct, PartAdapter):
     """One projection with a weight of its own.
 
     Args:
@@ -50,27 +51,11 @@ class ProjectionAdapter(PartAdapter):
     def __init__(self, name: str) -> None:
         self._index = _INPUTS.index(name)
 
-    def shape(self, module: nn.Module) -> ProblemShape:
-        rows, columns = self.current(module).shape
-        return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
-
-    def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0)
-
-    def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix.squeeze(0)
-
     def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return _batch_first(self.owner(module), x)
 
     def inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self.normalise_inputs(module, _arguments(args, kwargs)[self._index].detach())
-
-    def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
-        accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
-
-    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
-        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
 
 
 class OutputProjectionAdapter(ProjectionAdapter):

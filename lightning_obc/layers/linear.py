@@ -1,4 +1,4 @@
-"""Linear layers: one problem, one column per input feature."""
+"""Layers whose weight is one matrix: one problem, one column per input feature; and the linear ones among them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accum
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
 
 
-class LinearAdapter(LayerAdapter):
-    """``nn.Linear``; inputs have any number of leading dimensions."""
+class OneMatrix(LayerAdapter):
+    """Base of the adapters whose weight is one matrix ``[R, d]`` already, a column per input feature."""
 
     def shape(self, module: nn.Module) -> ProblemShape:
         rows, columns = self.current(module).shape
@@ -21,6 +21,20 @@ class LinearAdapter(LayerAdapter):
     def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
         return matrix.squeeze(0)
 
+
+class OneProduct(OneMatrix):
+    """Such a weight that multiplies the last dimension of its input."""
+
+    def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
+        accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
+
+    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
+        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
+
+
+class LinearAdapter(OneProduct):
+    """``nn.Linear``; inputs have any number of leading dimensions."""
+
     def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == 1 else x
 
@@ -29,12 +43,6 @@ class LinearAdapter(LayerAdapter):
         if x.shape[:-1] != mask.shape and x.shape[:-1] != (mask.numel(),):
             return x
         return x.masked_fill(~mask.reshape(*x.shape[:-1], 1), 0)
-
-    def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
-        accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
-
-    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
-        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
 
 
 class TransposedLinearAdapter(LinearAdapter):

@@ -9,25 +9,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lightning_obc.layers.base import LayerAdapter, ProblemShape
+from lightning_obc.layers.linear import OneMatrix
 
 _PADDED = -1
 
 
-class LookupAdapter(LayerAdapter):
+class LookupAdapter(OneMatrix):
     """``nn.Embedding``: one problem, a row per entry of the vocabulary, a column per feature."""
 
     lookup = True
-
-    def shape(self, module: nn.Module) -> ProblemShape:
-        rows, columns = self.current(module).shape
-        return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
-
-    def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0)
-
-    def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix.squeeze(0)
 
     def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return x.unsqueeze(0) if x.dim() == 0 else x

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_obc.kernels.hessian_update import accumulate_cross_linear_, accumulate_linear_
-from lightning_obc.layers.base import ProblemShape
+from lightning_obc.layers.linear import OneProduct
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 
 
@@ -31,7 +30,7 @@ def recurrent_parts(module: Any) -> dict[str, LayerPart]:
     }
 
 
-class RecurrentAdapter(PartAdapter):
+class RecurrentAdapter(OneProduct, PartAdapter):
     """One projection of a recurrent layer.
 
     Args:
@@ -43,16 +42,6 @@ class RecurrentAdapter(PartAdapter):
 
     def __init__(self, layer: int, reverse: bool, kind: str) -> None:
         self._layer, self._reverse, self._kind = layer, reverse, kind
-
-    def shape(self, module: nn.Module) -> ProblemShape:
-        rows, columns = self.current(module).shape
-        return ProblemShape(groups=1, rows=rows, columns=columns, channels=columns)
-
-    def to_matrix_layout(self, module: nn.Module, tensor: Tensor) -> Tensor:
-        return tensor.unsqueeze(0)
-
-    def to_module_layout(self, module: nn.Module, matrix: Tensor) -> Tensor:
-        return matrix.squeeze(0)
 
     def normalise_inputs(self, module: nn.Module, x: Tensor) -> Tensor:
         return x
@@ -79,12 +68,6 @@ class RecurrentAdapter(PartAdapter):
         x = _flipped(x, lengths) if self._reverse else x
         suffix = _suffix(self._layer, self._reverse)
         return _masked(_before_projection(owner, x, before, states[1][index], suffix), lengths)
-
-    def accumulate_(self, module: nn.Module, out: Tensor, x: Tensor) -> None:
-        accumulate_linear_(out, x.reshape(-1, 1, x.shape[-1]))
-
-    def accumulate_cross_(self, module: nn.Module, out: Tensor, a: Tensor, b: Tensor) -> None:
-        accumulate_cross_linear_(out, a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, 1, b.shape[-1]))
 
 
 def _dense(owner: Any, x: Tensor | PackedSequence) -> tuple[Tensor, Tensor | None]:
