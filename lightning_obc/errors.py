@@ -116,3 +116,7 @@ class BudgetError(OBCError, ValueError):
 
 class DatabaseError(OBCError, RuntimeError):
     """A database of levels with files that are missing or damaged."""
+
+
+class DamagedFileError(DatabaseError):
+    """A file of a database that was cut short, or changed after it was written."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, TypeVar, Union
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,12 @@ from lightning_obc.allocation.levels import Level, check_levels
 from lightning_obc.allocation.record import LayerRecord
 from lightning_obc.allocation.solve import Recipe, choose_damping, new_record, solve_levels_
 from lightning_obc.allocation.storage import read_tensors, triangle, write_json, write_tensors
-from lightning_obc.errors import FingerprintError, NotPositiveDefiniteError, SpecError
+from lightning_obc.errors import DamagedFileError, FingerprintError, NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import is_lookup, select_layers
 
 Hessians = Union[Mapping[str, Hessian], Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]]
+_Content = TypeVar("_Content")
 Progress = Callable[[str, float, float], None]
 
 
@@ -64,7 +66,7 @@ def build_database(
 
     Raises:
         FingerprintError: The directory holds a database of another model, calibration or recipe.
-        DatabaseError: A file in it is damaged.
+        DamagedFileError: Its index is damaged. Other damaged files are made again, with a warning.
         LayerNotFoundError, SpecError: The selection or the levels cannot be used.
     """
     path, recipe = Path(path), recipe or Recipe()
@@ -94,14 +96,14 @@ def _build_layer(
     file = levels_file(path, entry)
     names = [level.name for level in levels]
     hessian: Tensor | None = None
-    if file.exists():
-        tensors, metadata = read_tensors(file)
-        record = LayerRecord.from_file(tensors, metadata, levels)
-    else:
+    stored = _stored(lambda: LayerRecord.from_file(*read_tensors(file), levels)) if file.exists() else None
+    if stored is None:
         hessian = read_hessian(path, name, entry, weight.shape[-1])
         record = new_record(weight, hessian.to(weight.device), damping)
+    else:
+        record = stored
     todo = [level for level in levels if level.name not in record.levels and level.name not in record.missing]
-    if file.exists() and not todo:
+    if stored is not None and not todo:
         return
     if hessian is None:
         hessian = read_hessian(path, name, entry, weight.shape[-1])
@@ -112,6 +114,15 @@ def _build_layer(
         record.missing |= {level.name: str(error) for level in todo if level.name not in record.levels}
     tensors, metadata = record.to_file(names)
     write_tensors(file, tensors, metadata | {"layer": name, "weight": entry.weight})
+
+
+def _stored(read: Callable[[], _Content]) -> _Content | None:
+    """What a file holds; None when it is damaged (a warning says so), so that it is made again."""
+    try:
+        return read()
+    except DamagedFileError as error:
+        warnings.warn(f"A file of the database is made again: {error}")
+        return None
 
 
 def _store_hessians(
@@ -127,24 +138,29 @@ def _store_hessians(
     Raises:
         FingerprintError: A statistic that is given differs from the one that is stored.
     """
-    absent = {name: layers[name] for name in entries if not hessian_file(path, entries[name]).exists()}
+    damping = {name: share for name, entry in entries.items() if (share := _damping(path, entry)) is not None}
+    absent = {name: layers[name] for name in entries if name not in damping}
     given = (hessians(absent) if absent else {}) if callable(hessians) else hessians
     lacking = [name for name in absent if name not in given]
     if lacking:
         raise SpecError("Some layers have no Hessian", got=", ".join(lacking[:8]), expected="one for every layer")
-    damping: dict[str, float] = {}
     for name, entry in entries.items():
         file = hessian_file(path, entry)
         if name in absent:
             statistic = given[name]
-            share = choose_damping(dense[name], statistic.to(dense[name].device), recipe)
-            metadata = {"samples": sum(statistic.samples), "weight": entry.weight, "damping": share}
+            damping[name] = choose_damping(dense[name], statistic.to(dense[name].device), recipe)
+            metadata = {"samples": sum(statistic.samples), "weight": entry.weight, "damping": damping[name]}
             write_tensors(file, {"triangle": triangle(statistic.full())}, metadata)
-        tensors, metadata = read_tensors(file)
-        if name in given and name not in absent:
-            _check_same(name, tensors["triangle"], triangle(given[name].full()))
-        damping[name] = float(metadata["damping"])
+        elif name in given:
+            _check_same(name, read_tensors(file)[0]["triangle"], triangle(given[name].full()))
     return damping
+
+
+def _damping(path: Path, entry: Entry) -> float | None:
+    """The damping that goes with a stored triangle; None where there is none, or it is damaged."""
+    file = hessian_file(path, entry)
+    stored = _stored(lambda: read_tensors(file)) if file.exists() else None
+    return None if stored is None else float(stored[1]["damping"])
 
 
 def _check_same(name: str, stored: Tensor, given: Tensor) -> None:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lightning_obc.allocation.levels import Level, unique
 from lightning_obc.allocation.solve import Recipe
-from lightning_obc.allocation.storage import from_triangle, read_json, read_tensors, tensor_hash
+from lightning_obc.allocation.storage import check_json, from_triangle, read_json, read_tensors, tensor_hash
 from lightning_obc.errors import DatabaseError, FingerprintError
 from lightning_obc.layers import adapter_for, select_layers
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,9 @@ def read_index(path: Path) -> Any:
             "The index of the database cannot be read",
             got=index.get("format") if isinstance(index, dict) else type(index).__name__,
             expected=f"format {FORMAT}",
+            remedy="build the database in another directory",
         )
-    return index
+    return check_json(index_file(path), index)
 
 
 def index_file(path: Path) -> Path:

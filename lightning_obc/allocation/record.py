@@ -5,6 +5,7 @@ Index legend: ``g`` problems, ``R`` rows, ``d`` columns, ``C`` column groups of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from lightning_obc.allocation.levels import Level
 from lightning_obc.allocation.storage import pack, unpack
-from lightning_obc.errors import DatabaseError, PatternError, SpecError
+from lightning_obc.errors import DamagedFileError, DatabaseError, PatternError, SpecError
 from lightning_obc.grids import Grid
 from lightning_obc.specs import NM, Block, Pattern
 
@@ -155,6 +156,7 @@ class LayerRecord:
             "reference": self.reference,
             "damping": self.damping,
             "levels": _ranges([position[name] for name in order]),
+            "named": _named([position[name] for name in order], names),
             "ladders": [_ranges([position[name] for name in ladder]) for ladder in self.ladders],
             "scales": {name: self.levels[name].scales for name in order if self.levels[name].scales},
             "backend": next((record.backend for record in self.levels.values() if record.backend), ""),
@@ -168,12 +170,15 @@ class LayerRecord:
         """Read :meth:`to_file`; ``levels`` is the index file's list.
 
         Raises:
-            DatabaseError: The metadata does not belong to this format.
+            DamagedFileError: The metadata does not belong to this format, or to another index.
         """
         tensors = dict(tensors)
         try:
             shape = tuple(metadata["shape"])
-            names = [levels[position].name for position in _positions(metadata["levels"])]
+            positions = _positions(metadata["levels"])
+            if metadata["named"] != _named(positions, [level.name for level in levels]):
+                raise ValueError("it was written for another index")
+            names = [levels[position].name for position in positions]
             by_name = {level.name: level for level in levels}
             record = cls(shape, metadata["reference"], metadata["damping"], missing=dict(metadata["missing"]))
             record.ladders = [[levels[p].name for p in _positions(ladder)] for ladder in metadata["ladders"]]
@@ -184,8 +189,11 @@ class LayerRecord:
                 scales, notes = metadata["scales"].get(name, 0), tuple(metadata["notes"].get(name, ()))
                 record.levels[name] = LevelRecord(loss, damping_loss, kept[name], scales, metadata["backend"], notes)
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise DatabaseError(
-                "The file of a layer cannot be read", got=repr(error), expected="a file of this version"
+            raise DamagedFileError(
+                "The file of a layer cannot be read",
+                got=repr(error),
+                expected="a file of this version that belongs to the index",
+                remedy="build the database again: the layer is solved again",
             ) from None
         return record
 
@@ -236,6 +244,12 @@ def _ranges(positions: Sequence[int]) -> list[list[int]]:
         else:
             pairs.append([position, position])
     return pairs
+
+
+def _named(positions: Sequence[int], names: Sequence[str]) -> str:
+    """A digest of the names that positions stand for: an index that was made anew may list other levels."""
+    text = "\n".join(names[position] if position < len(names) else "none" for position in positions)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _positions(pairs: Sequence[Sequence[int]]) -> list[int]:

@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_obc.errors import DatabaseError
+from lightning_obc.checksum import checksum
+from lightning_obc.errors import DamagedFileError, DatabaseError
+
+_CHECKSUM = "sha256"
+_AGAIN = "build the database again: what is damaged is made again, the rest is kept"
+_WITHOUT = "delete it and build the database again: layers whose levels are still the same are kept"
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -74,13 +79,13 @@ def tensor_hash(tensor: Tensor) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    _replace(path, json.dumps(content, separators=(",", ":")).encode())
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file with a checksum of its content, whole or not at all."""
+    _replace(path, _text({**content, _CHECKSUM: checksum(_text(content), {})}).encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """The content of :func:`write_json`, its checksum unchecked: see :func:`check_json`.
 
     Raises:
         DatabaseError: The file is missing or cannot be read.
@@ -90,30 +95,48 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise _missing(path) from None
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged(path, error, _WITHOUT) from None
+
+
+def check_json(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`read_json` has read, without its checksum.
+
+    Raises:
+        DamagedFileError: The checksum does not fit.
+    """
+    plain = {key: value for key, value in content.items() if key != _CHECKSUM}
+    if content.get(_CHECKSUM) != checksum(_text(plain), {}):
+        raise _damaged(path, ValueError("its checksum does not fit"), _WITHOUT)
+    return plain
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file with JSON metadata, whole or not at all."""
+    """Write a safetensors file with JSON metadata and a checksum over both, whole or not at all."""
     from safetensors.torch import save
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(path, save(contiguous, {"json": json.dumps(metadata, separators=(",", ":"))}))
+    # In one entry of the header: several would be written in an order of chance.
+    header = {_CHECKSUM: checksum(_text(metadata), contiguous), "content": metadata}
+    _replace(path, save(contiguous, {"json": _text(header)}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     """Tensors and metadata of :func:`write_tensors`.
 
     Raises:
-        DatabaseError: The file is missing, cut short or no safetensors file.
+        DatabaseError: The file is missing.
+        DamagedFileError: It is cut short, no safetensors file, or its checksum does not fit.
     """
     from safetensors import SafetensorError, safe_open
 
     check_exists(path)
     try:
         with safe_open(path, "pt") as file:
-            metadata = json.loads(file.metadata()["json"])
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
+            header = json.loads(file.metadata()["json"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header[_CHECKSUM] != checksum(_text(header["content"]), tensors):
+            raise ValueError("its checksum does not fit")
+        return tensors, header["content"]
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise _damaged(path, error) from None
 
@@ -148,10 +171,14 @@ def _missing(path: Path) -> DatabaseError:
     )
 
 
-def _damaged(path: Path, error: Exception) -> DatabaseError:
-    return DatabaseError(
+def _text(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":"))
+
+
+def _damaged(path: Path, error: Exception, remedy: str = _AGAIN) -> DamagedFileError:
+    return DamagedFileError(
         "A file of the database is damaged",
         got=f"{path}: {error}",
         expected="a file that was written whole",
-        remedy="delete it and build the database again; the other layers are kept",
+        remedy=remedy,
     )

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.activations import InputGrid, attach, attached, detach, inputs_from_state, inputs_state
+from lightning_obc.checksum import checksum
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import bits
-from lightning_obc.export.checksum import checksum
 from lightning_obc.export.masks import decode_mask, encode_mask
 from lightning_obc.export.weights import (
     CompressedWeight,

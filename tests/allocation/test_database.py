@@ -27,6 +27,7 @@ from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.storage import from_triangle, pack, read_tensors, triangle, unpack, write_tensors
 from lightning_obc.calibration import collect_hessians
 from lightning_obc.errors import (
+    DamagedFileError,
     DatabaseError,
     FingerprintError,
     LayerNotFoundError,
@@ -322,11 +323,59 @@ def test_a_damaged_file_is_named(database: Database, model: Any) -> None:
     with pytest.raises(DatabaseError, match=r"damaged.*index\.json"):
         Database.open(database.path, model)
     (database.path / "index.json").write_text('{"format": 99}')
-    with pytest.raises(DatabaseError, match="format 1"):
+    with pytest.raises(DatabaseError, match="format 2"):
         Database.open(database.path, model)
     shutil.rmtree(database.path)
     with pytest.raises(DatabaseError, match="missing"):
         Database.open(database.path, model)
+
+
+def flip(file: Path, needle: bytes | None = None) -> None:
+    """Change one bit: that of the last byte, or the digit behind a text."""
+    content = bytearray(file.read_bytes())
+    content[-1 if needle is None else content.index(needle) + len(needle)] ^= 1
+    file.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["bit", "header", "cut"])
+@pytest.mark.parametrize("folder", ["levels", "hessians"])
+def test_a_changed_file_is_named_and_made_again(
+    folder: str, how: str, database: Database, model: Any, statistics: Any
+) -> None:
+    expected = database.solution("mix", "0.5").weight
+    file = files(database, folder)[1]
+    whole = file.read_bytes()
+    if how == "cut":
+        file.write_bytes(whole[:-7])
+    else:
+        flip(file, None if how == "bit" else b'\\"damping\\":0.0')
+    fresh = Database.open(database.path, model)
+    read: Callable[[str], object] = fresh.record if folder == "levels" else fresh.hessian
+    with pytest.raises(DamagedFileError, match=r"damaged.*mix"):
+        read("mix")
+    with pytest.warns(UserWarning, match=r"made again.*damaged.*mix"):
+        again = build_database(database.path, model, [Level()], statistics)
+    assert file.read_bytes() == whole
+    assert statistics.calls[1:] == ([["mix"]] if folder == "hessians" else [])
+    assert torch.equal(again.solution("mix", "0.5").weight, expected)
+
+
+def test_a_changed_index_is_refused_and_may_be_made_anew(database: Database, model: Any, statistics: Any) -> None:
+    index = database.path / "index.json"
+    flip(index, b'"damping":0.')
+    for use in (Database.open, lambda path, model: build_database(path, model, [Level()], statistics)):
+        with pytest.raises(DamagedFileError, match=r"damaged.*index\.json.*checksum"):
+            use(database.path, model)
+    before = {file: file.stat().st_mtime_ns for file in files(database, "levels")}
+    index.unlink()
+    same = product([None, "2:4", 0.5, 0.75], [(None, None), (8, 8), (4, 4)])
+    build_database(database.path, model, same, statistics)
+    assert {file: file.stat().st_mtime_ns for file in before} == before, "the same levels at the same places"
+    index.unlink()
+    with pytest.warns(UserWarning, match="written for another index"):
+        other = build_database(database.path, model, product([0.25, 0.3, 0.4], [(None, None), (8, 8)]), statistics)
+    assert other.solution("mix", "0.25").sparsity == pytest.approx(0.25, abs=0.01)
+    assert len(statistics.calls) == 1
 
 
 def test_another_model_is_refused(database: Database, model: Any, statistics: Any) -> None:
