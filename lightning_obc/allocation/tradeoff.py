@@ -29,6 +29,7 @@ from lightning_obc.allocation.search import Profile, Programme, check_budgets
 from lightning_obc.allocation.solve import Recipe
 from lightning_obc.allocation.spdy import SPDY, spdy_scores, spdy_search
 from lightning_obc.allocation.stitch import stitch
+from lightning_obc.allocation.uniform import uniform_profile
 from lightning_obc.calibration import CalibrationBatches, calibration_batches, collect_hessians
 from lightning_obc.errors import SpecError
 from lightning_obc.hessian import Hessian
@@ -358,7 +359,7 @@ def _profiles(
     for number, (budget, choice) in enumerate(zip(programme.budgets, choices, strict=True)):
         if progress is not None:
             progress("Search: profiles", number, len(choices))
-        uniform = _uniform(setting.database, programme, table, scores, budget)
+        uniform = uniform_profile(setting.database, programme, table, scores, budget)
         if "uniform" in methods:
             found.append((budget, "uniform", uniform, 0))
         if "dp" in methods:
@@ -371,36 +372,3 @@ def _profiles(
     if progress is not None:
         progress("Search: profiles", len(choices), len(choices))
     return found
-
-
-def _uniform(
-    database: Database, programme: Programme, table: CostTable, scores: CostTable, budget: float
-) -> Profile | None:
-    """The same level for all layers: of those within the budget, the one of least total score.
-
-    A layer that may not take the level (its shape, ``edges_at_8``, an input that no hook sees) takes the cheapest of
-    those that are no stronger in zeros, weights and inputs.
-    """
-    levels = {name: {level.name: level for level in database.levels(name)} for name in table}
-    offered = {level: levels[name][level] for name, row in table.items() for level in row}
-    best: tuple[float, Profile] | None = None
-    for level in offered.values():
-        profile = {name: _closest(level, levels[name], row) for name, row in table.items()}
-        score = sum(scores[name][chosen] for name, chosen in profile.items())
-        if programme.cost(profile) <= budget * (1 + 1e-9) and (best is None or score < best[0]):
-            best = (score, profile)
-    return None if best is None else best[1]
-
-
-def _closest(level: Level, levels: Mapping[str, Level], costs: Mapping[str, float]) -> str:
-    """The level itself where a layer may take it, else the cheapest that removes and rounds no more than it does."""
-    if level.name in costs:
-        return level.name
-    fitting = [
-        name
-        for name in costs
-        if levels[name].pattern in (None, level.pattern)
-        and levels[name].weight_bits >= level.weight_bits
-        and levels[name].activation_bits >= level.activation_bits
-    ]
-    return min(fitting, key=lambda name: costs[name])
