@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_obc.allocation import (
@@ -31,8 +30,7 @@ from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.passes import collector
 from lightning_obc.callbacks.recording import started_with
-from lightning_obc.callbacks.state import PREFIX
-from lightning_obc.cli.recipes import compression_state
+from lightning_obc.cli.stitched import StitchedRun
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, SpecError
 from lightning_obc.export import layer_runner
@@ -104,22 +102,14 @@ class SearchOptions:
             LatencyTable.load(self.cost)
 
 
-class SearchRun(Callback):
+class SearchRun(StitchedRun):
     """Searches at the end of validation, and writes curve, recipes, checkpoints and reports."""
 
     def __init__(self, options: SearchOptions) -> None:
+        super().__init__(options)
         self.options = options
         self.result: SearchResult | None = None
         self.directory: Path | None = None
-        self._state: dict[str, Any] = {}
-
-    @property
-    def state_key(self) -> str:
-        return PREFIX + hashlib.sha256(repr(self.options).encode()).hexdigest()[:12]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The compression that the saved weights carry, as an ``OBCCallback`` would keep it, with activation ranges."""
-        return self._state
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
@@ -208,8 +198,8 @@ class SearchRun(Callback):
                 point = result.point(budget)
                 solutions = result.apply_(module, point)
                 levels = result.database.profile_levels(point.profile)
-                self._state = compression_state(levels, solutions, result.quantizer)
-                self._state |= {"profile": dict(point.profile), "budget": point.budget}
+                chosen = {"profile": dict(point.profile), "budget": point.budget}
+                self.carry(levels, solutions, result.quantizer, **chosen)
                 trainer.save_checkpoint(folder / f"compressed-{budget:g}.ckpt", weights_only=False)
                 record = report_record(
                     point_report(result, module, point, solutions),
