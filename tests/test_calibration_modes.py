@@ -164,9 +164,9 @@ def test_a_layer_above_the_limit_gets_its_own_pass_and_is_named() -> None:
 
 
 def test_a_failure_leaves_the_layers_of_its_group_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_obc import pipeline
+    from lightning_obc import stage_run
 
-    solve, calls = pipeline.solve_layer, []
+    solve, calls = stage_run.solve_layer, []
 
     def failing(*args: Any) -> Any:
         calls.append(args)
@@ -176,7 +176,7 @@ def test_a_failure_leaves_the_layers_of_its_group_as_they_were(monkeypatch: pyte
 
     model, x = setting()
     state = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(pipeline, "solve_layer", failing)
+    monkeypatch.setattr(stage_run, "solve_layer", failing)
     with pytest.raises(OBCError, match="third"):
         obc.compress(model, x, obc.Quantize(3), on_failure="raise")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())

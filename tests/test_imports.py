@@ -62,11 +62,10 @@ ALLOWED: dict[str, set[str]] = {
     "store": LEAVES | {"obs"},
     "shared_rows": LEAVES | {"kernels"},
     "team": LEAVES | {"obs", "report", "shared_rows"},
-    "pipeline": LEAVES
+    "stage_run": LEAVES
     | {
         "team",
         "store",
-        "layerwise",
         "planning",
         "solving",
         "layers",
@@ -75,9 +74,9 @@ ALLOWED: dict[str, set[str]] = {
         "correction",
         "activations",
         "report",
-        "metrics",
-        "export",
     },
+    "pipeline": LEAVES
+    | {"stage_run", "team", "store", "layerwise", "planning", "layers", "calibration", "correction", "report"},
     "callbacks": LEAVES
     | {
         "team",
@@ -85,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
         "layerwise",
         "planning",
         "forecast",
+        "stage_run",
         "pipeline",
         "metrics",
         "report",

@@ -127,16 +127,16 @@ def test_shared_rows_have_the_masks_and_weights_of_one_process(pattern: str, mon
 
 # Failures.
 def failing_solver(monkeypatch: pytest.MonkeyPatch, layer_rows: int) -> None:
-    from lightning_obc import pipeline
+    from lightning_obc import stage_run
 
-    own = pipeline.solve_layer
+    own = stage_run.solve_layer
 
     def solve(stage: Any, weight: Tensor, *rest: Any) -> Any:
         if weight.shape[1] == layer_rows:
             raise NonFiniteError("made to fail")
         return own(stage, weight, *rest)
 
-    monkeypatch.setattr(pipeline, "solve_layer", solve)
+    monkeypatch.setattr(stage_run, "solve_layer", solve)
 
 
 @pytest.mark.parametrize("rows", [24, 5])  # One layer's rows are shared, the other layer is one rank's own.
@@ -189,7 +189,7 @@ def test_different_models_are_refused_before_anything_changes() -> None:
 
 
 def test_weights_that_come_to_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_obc.pipeline import _StageRun
+    from lightning_obc.stage_run import _StageRun
 
     own = _StageRun.apply_
 

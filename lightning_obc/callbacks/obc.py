@@ -49,10 +49,12 @@ from lightning_obc.correction import DenseReference
 from lightning_obc.correction_spec import Correct
 from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import Edges
-from lightning_obc.pipeline import correct_after, plan_stage, run_stage
+from lightning_obc.pipeline import correct_after
+from lightning_obc.planning import plan_stage
 from lightning_obc.report import CompressionReport, WeightSample, weight_samples
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
+from lightning_obc.stage_run import run_stage
 from lightning_obc.store import SolutionStore
 
 

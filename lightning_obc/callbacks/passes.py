@@ -1,4 +1,4 @@
-"""Connects the pipeline with a Trainer: what is checked before a fit, and how Hessians are collected in one."""
+"""Connects stages with a Trainer: what is checked before a fit, and how Hessians are collected in one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_obc.distributed import all_or_none, exchange, is_sharded
 from lightning_obc.errors import ExportError, ScheduleError, StrategyError, UnsupportedLayerError
 from lightning_obc.layers import LayerPart, select_layers
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
-from lightning_obc.pipeline import check_schedule, plan_stage
+from lightning_obc.planning import check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
 from lightning_obc.team import begin_together
 
@@ -48,7 +48,7 @@ def checked_plans(
     """Find out now, not after an hour of training, what would stop a stage.
 
     Raises:
-        LayerNotFoundError, PatternError, NonFiniteError: As :func:`lightning_obc.pipeline.plan_stage`.
+        LayerNotFoundError, PatternError, NonFiniteError: As :func:`lightning_obc.planning.plan_stage`.
         ScheduleError: Two callbacks would compress the same layers.
     """
     if not stages:

@@ -13,7 +13,7 @@ import lightning_obc as obc
 from lightning_obc.activations import ActivationQuantizer, attached, detach, fake_quantize
 from lightning_obc.calibration import collect_hessians
 from lightning_obc.errors import SpecError
-from lightning_obc.pipeline import run_stage
+from lightning_obc.stage_run import run_stage
 
 
 class Net(nn.Module):

@@ -15,7 +15,7 @@ from lightning_obc.calibration import Collector
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.errors import SpecError
 from lightning_obc.layers import select_layers
-from lightning_obc.pipeline import run_stage
+from lightning_obc.stage_run import run_stage
 
 WIDTH = 8
 

@@ -12,7 +12,7 @@ from small import Small, is_two_four, levels, loader, quiet_trainer, resumable, 
 from torch import nn
 
 import lightning_obc as obc
-from lightning_obc import pipeline
+from lightning_obc import stage_run
 from lightning_obc.callbacks.held import HeldWeights
 
 RECIPES: dict[str, list[Any]] = {
@@ -82,7 +82,7 @@ def test_resume_of_a_run_that_was_interrupted_inside_a_stage(
     """
     spec = obc.Calibration(samples=16, mode=mode)
     expected = weights(fit(tmp_path, kind, spec=spec))
-    calls, solve = [0], pipeline.solve_layer
+    calls, solve = [0], stage_run.solve_layer
 
     class Stop(BaseException):
         """The pipeline keeps a layer that it cannot solve; an interrupt is no such thing."""
@@ -94,17 +94,17 @@ def test_resume_of_a_run_that_was_interrupted_inside_a_stage(
         return solve(*args, **options)
 
     saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=kind == "train", save_top_k=-1)
-    monkeypatch.setattr(pipeline, "solve_layer", stopped)
+    monkeypatch.setattr(stage_run, "solve_layer", stopped)
     with pytest.raises(Stop):
         fit(tmp_path, kind, saving, spec=spec, store=tmp_path / "store")
-    monkeypatch.setattr(pipeline, "solve_layer", solve)
+    monkeypatch.setattr(stage_run, "solve_layer", solve)
     (path,) = (tmp_path / "saved").glob("*.ckpt")
     assert torch.load(path, weights_only=True)["state_dict"]["fc.weight"].ne(0).all()
     assert same(weights(fit(tmp_path, kind, resume=str(path), spec=spec, store=tmp_path / "store")), expected)
     assert calls[0] == 2, "the layer that was solved before is not solved again"
 
 
-@pytest.mark.parametrize(("owner", "method"), [(pipeline._StageRun, "apply_"), (HeldWeights, "hold")])
+@pytest.mark.parametrize(("owner", "method"), [(stage_run._StageRun, "apply_"), (HeldWeights, "hold")])
 def test_an_interrupt_behind_the_solving_leaves_no_half_of_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, method: str
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import lightning_obc as obc
-from lightning_obc import pipeline
+from lightning_obc import stage_run
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.store import SolutionStore
 
@@ -40,13 +40,13 @@ def figures(report: Any) -> list[Any]:
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Layers that the engine really solved."""
     names: list[str] = []
-    solve = pipeline._StageRun._solution
+    solve = stage_run._StageRun._solution
 
     def counting(self: Any, layer: Any, *args: Any) -> Any:
         names.append(layer.name)
         return solve(self, layer, *args)
 
-    monkeypatch.setattr(pipeline._StageRun, "_solution", counting)
+    monkeypatch.setattr(stage_run._StageRun, "_solution", counting)
     return names
 
 
