@@ -16,9 +16,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_obc.activations import attach, attached, detach
 from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.account import Account
 from lightning_obc.callbacks.averaging import Averages
 from lightning_obc.callbacks.display import Display, say
-from lightning_obc.callbacks.figures import comparison, model_figures, stage_figures
+from lightning_obc.callbacks.figures import model_figures, stage_figures
 from lightning_obc.callbacks.hazards import stopped_by, warn_hazards, warn_old_checkpoint
 from lightning_obc.callbacks.passes import (
     check_destination,
@@ -30,7 +31,7 @@ from lightning_obc.callbacks.passes import (
     whole_or_not,
 )
 from lightning_obc.callbacks.pictures import log_pictures
-from lightning_obc.callbacks.recording import checkpoint_path, when, write_report
+from lightning_obc.callbacks.recording import checkpoint_path, write_report
 from lightning_obc.callbacks.state import RunState, foreign_state, state_key
 from lightning_obc.callbacks.step_hooks import StepHooks
 from lightning_obc.callbacks.timetable import (
@@ -47,11 +48,10 @@ from lightning_obc.callbacks.timetable import (
 )
 from lightning_obc.correction import DenseReference
 from lightning_obc.correction_spec import Correct
-from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import Edges
 from lightning_obc.pipeline import correct_after
 from lightning_obc.planning import plan_stage
-from lightning_obc.report import CompressionReport, WeightSample, weight_samples
+from lightning_obc.report import CompressionReport
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 from lightning_obc.stage_run import run_stage
@@ -116,10 +116,7 @@ class OBCCallback(Callback):
         self._hooks = StepHooks()
         self._averages, self._trained = Averages(), False
         self._edges: Optional[Edges] = None
-        self._figures: dict[str, tuple[float, float]] = {}
-        self._plans, self._notes = list[str](), list[str]()
-        self._samples: dict[str, WeightSample] = {}
-        self._final, self._final_stage = dict[str, float](), -1
+        self._account = Account()
         check_order(self._state.timetable.stages)
 
     def _fresh(self) -> RunState:
@@ -135,18 +132,7 @@ class OBCCallback(Callback):
         module = self._module() if self._module is not None else None
         if module is None or not self._state.reports:
             return None
-        left, state = unsupported_layers(module), self._state
-        return CompressionReport(
-            module,
-            list(state.reports),
-            left,
-            dict(self._figures),
-            list(state.corrections),
-            recipe=self.stages,
-            plans=list(self._plans),
-            dense=self._samples,
-            notes=self._notes,
-        )
+        return self._account.report(module, self._state, self.stages)
 
     @property
     def stages_run(self) -> int:
@@ -156,7 +142,7 @@ class OBCCallback(Callback):
     @property
     def final_figures(self) -> dict[str, float]:
         """Validation figures measured after the last stage, where ``compare`` asked for them."""
-        return dict(self._final) if self._final_stage == self.stages_run else {}
+        return self._account.final(self._state)
 
     # State in checkpoints.
     @property
@@ -199,7 +185,7 @@ class OBCCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._module is not None and self._module() is not pl_module:
             # What was done to another model has not been done to this one.
-            self._state, self._figures = self._fresh(), {}
+            self._state, self._account = self._fresh(), Account()
         self._module, self._trained = ref(pl_module), False
         compat.check_strategy(trainer)
         compat.behind_averaging(trainer, self)
@@ -314,7 +300,7 @@ class OBCCallback(Callback):
         # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
             if not self._state.timetable.started:
-                self._measure_dense(trainer, module)
+                self._account.open(trainer, module, self._state, compare=self.compare)
             collect = collector(trainer, module, self.calibration, display)
             if not fitting:
                 self._edges = edges(trainer, module, self.calibration, list(stages.values()))
@@ -332,19 +318,12 @@ class OBCCallback(Callback):
                     log_pictures(trainer, module, self._state.reports[-1])
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
 
-    def _measure_dense(self, trainer: Trainer, module: LightningModule) -> None:
-        self._plans, self._samples = [], weight_samples(module)
-        self._state.dense_when = f"just before the first stage ({when(trainer)})"
-        self._state.dense_step = trainer.global_step
-        if self.compare:
-            self._state.dense = compat.evaluate(trainer)
-
     def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
         stage = self._state.timetable.stages[index]
         plan = plan_stage(module, stage, self.calibration, self._edges)
-        self._plans.append(str(plan))
+        self._account.plans.append(str(plan))
         if self.verbose:
-            say(module, f"\n{self._plans[-1]}")
+            say(module, f"\n{plan}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
         report = run_stage(
             module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
@@ -382,16 +361,7 @@ class OBCCallback(Callback):
         if not self._state.timetable.started:
             return
         if self.compare:
-            with torch.inference_mode(False), torch.no_grad():
-                compressed = compat.evaluate(trainer)
-            self._final, self._final_stage = compressed, self.stages_run
-            dense = self._state.dense
-            self._figures = {name: (dense[name], value) for name, value in compressed.items() if name in dense}
-            ratio = model_figures(module, self._state.held.layers)["obc/compression_ratio"]
-            trained = trainer.global_step - self._state.dense_step
-            now = f"after the last stage ({when(trainer)})" + (f", {trained} optimizer steps later" if trained else "")
-            self._notes = [f"dense: {self._state.dense_when}", f"compressed: {now}"]
-            say(module, "\n" + comparison(dense, compressed, (self._state.dense_when, now), ratio))
+            compressed = self._account.close(trainer, module, self._state)
             self._log(trainer, {f"obc/{name}": value for name, value in compressed.items()})
         if self.save_checkpoint and not compat.fast_dev_run(trainer):
             self.checkpoint_path = compat.same_path(trainer, checkpoint_path(trainer, self.save_checkpoint))
