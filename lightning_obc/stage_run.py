@@ -297,4 +297,5 @@ def _report(layer: LayerPlan, outcome: Outcome, inputs: Mapping[str, Grid]) -> L
         compressed=solution is not None,
         inherited=outcome.inherited,
         input_bits=inputs[layer.name].spec.bits if layer.name in inputs else None,
+        curve=() if solution is None else solution.curve,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -214,7 +214,7 @@ class Team:
         received: dict[str, Outcome] = {}
         for name in names:
             owner = owners[name]
-            status, seconds, inherited, curve, scalars, specs = found[owner][name]
+            status, seconds, inherited, scalars, specs = found[owner][name]
             solution = None
             if scalars is not None:
                 mine = parts.get(name)
@@ -222,7 +222,7 @@ class Team:
                     key: ranks.broadcast_(torch.empty(shape, dtype=dtype) if mine is None else mine[1][key], owner)
                     for key, (shape, dtype) in specs.items()
                 }
-                solution = replace(solution_from_parts(scalars, tensors, devices[name]), curve=curve)
+                solution = solution_from_parts(scalars, tensors, devices[name])
             received[name] = Outcome(solution, status, seconds, inherited)
         return received
 
@@ -230,5 +230,4 @@ class Team:
 def _headline(outcome: Outcome, parts: tuple[dict[str, Any], dict[str, torch.Tensor]] | None) -> tuple[Any, ...]:
     scalars, tensors = (None, {}) if parts is None else parts
     specs = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    curve = () if outcome.solution is None else outcome.solution.curve
-    return outcome.status, outcome.seconds, outcome.inherited, curve, scalars, specs
+    return outcome.status, outcome.seconds, outcome.inherited, scalars, specs

@@ -13,7 +13,7 @@ from lightning_obc.allocation.plot import COST_NAMES, LABELS
 from lightning_obc.layers import adapter_for, select_layers, unsupported_layers
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import CompressionReport, LayerReport, StageReport
-from lightning_obc.specs import Unstructured
+from lightning_obc.specs import Block, Unstructured
 
 
 def point_report(
@@ -66,16 +66,16 @@ def _row(name: str, module: nn.Module, level: str, solution: LayerSolution, inpu
 
 
 def loss_curves(database: Database) -> dict[str, list[tuple[float, float]]]:
-    """Relative error over sparsity of every layer with several unstructured levels in the database."""
+    """Relative error over sparsity of every layer with several unstructured levels, or blocks of one size."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for name in database.layers:
         record = database.record(name)
-        found = [
-            (1 - kept.kept / record.weights, kept.loss / max(record.reference, 1e-300))
-            for level in database.levels(name)
-            if isinstance(level.pattern, Unstructured) and level == level.mask
-            for kept in [record.levels[level.name]]
-        ]
-        if len(found) > 1:
-            curves[name] = sorted(found)
+        found: dict[str, list[tuple[float, float]]] = {}
+        for level in database.levels(name):
+            if isinstance(level.pattern, (Unstructured, Block)) and level == level.mask:
+                kept = record.levels[level.name]
+                kind = f", blocks of {level.pattern.size}" if isinstance(level.pattern, Block) else ""
+                point = (1 - kept.kept / record.weights, kept.loss / max(record.reference, 1e-300))
+                found.setdefault(f"{name}{kind}", []).append(point)
+        curves |= {title: sorted(points) for title, points in found.items() if len(points) > 1}
     return curves

@@ -14,7 +14,7 @@ from lightning_obc.callbacks.plateau import PlateauWatch
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import CorrectionReport
 from lightning_obc.errors import FingerprintError
-from lightning_obc.report import LayerReport, StageReport
+from lightning_obc.report import StageReport
 from lightning_obc.specs import Stage
 
 PREFIX = "OBCCallback-"
@@ -29,7 +29,7 @@ class RunState:
         held: Masks and grids that training must keep.
         inputs: Ranges of the layers' inputs that are quantized.
         reports: One report per finished stage; without solutions after a resume.
-        corrections: One report per finished correction of this run; they are not written into checkpoints.
+        corrections: One report per finished correction.
         dense: Validation figures of the model before the first stage.
         dense_when: When they were measured.
         dense_step: Optimizer steps at that time.
@@ -73,6 +73,7 @@ class RunState:
             "layers": self.held.state_dict(),
             "activations": inputs_state(self.inputs),
             "reports": [report.to_dict() for report in self.reports],
+            "corrections": [report.to_dict() for report in self.corrections],
             "dense": dict(self.dense),
             "dense_when": self.dense_when,
             "dense_step": self.dense_step,
@@ -96,7 +97,8 @@ class RunState:
             )
         self.timetable.done = list(state["done"])
         self.load_layers(state)
-        self.reports = [_report_from(entry) for entry in state["reports"]]
+        self.reports = [StageReport.from_dict(entry) for entry in state["reports"]]
+        self.corrections = [CorrectionReport.from_dict(entry) for entry in state.get("corrections", ())]
         self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
         self.dense_step = state["dense_step"]
         self.watch.load_state_dict(state.get("watch", {}))
@@ -105,11 +107,6 @@ class RunState:
         """Take over what the weights of a checkpoint carry, whatever recipe they came from."""
         self.held.load_state_dict(state["layers"])
         self.inputs = inputs_from_state(state.get("activations") or {})
-
-
-def _report_from(entry: Mapping[str, Any]) -> StageReport:
-    layers = [LayerReport(**(row | {"shape": tuple(row["shape"])})) for row in entry["layers"]]
-    return StageReport(entry["stage"], layers, entry["skipped"], {}, entry["samples"], entry["seconds"])
 
 
 def state_key(stages: Sequence[Stage]) -> str:

@@ -61,3 +61,16 @@ class CorrectionReport:
         """Plain numbers and strings, ready for JSON."""
         objective = None if self.objective is None else list(self.objective)
         return asdict(self) | {"skipped": dict(self.skipped), "objective": objective, "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CorrectionReport:
+        """What :meth:`to_dict` has kept."""
+        objective = values["objective"]
+        return cls(
+            **dict(values)
+            | {
+                "layers": [CorrectedLayer(**row) for row in values["layers"]],
+                "objective": None if objective is None else (objective[0], objective[1]),
+                "notes": tuple(values["notes"]),
+            }
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.kernels import obs_sweep
+from lightning_obc.obs.curves import POINTS, Curve, heap_curve
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
@@ -47,14 +48,26 @@ class BlockSweep:
         """
         Block(1, sparsity)
         count = len(self.members)
-        # A spare last column stands for those that short blocks lack (index -1).
-        flat = torch.cat([self.alive.flatten(0, 1), torch.zeros_like(self.alive.flatten(0, 1)[:, :1])], 1)
-        fixed = (~flat[:, self.members].any(-1)).sum(1)
+        flat = self._padded()
+        fixed = self._fixed(flat)
         losses, order = self.losses.reshape(-1, count), self.order.reshape(-1, count)
         counts = row_counts(losses, zeros_for(sparsity, losses.numel()), selection, fixed)
         kept = masks_from_order(order, counts)
         flat[:, self.members.flatten()] &= kept.repeat_interleave(self.members.shape[1], dim=1)
         return flat[:, :-1].reshape(self.alive.shape)
+
+    def _padded(self) -> Tensor:
+        """``alive`` of all rows; a spare last column stands for those that short blocks lack (index -1)."""
+        rows = self.alive.flatten(0, 1)
+        return torch.cat([rows, torch.zeros_like(rows[:, :1])], 1)
+
+    def _fixed(self, flat: Tensor) -> Tensor:
+        """Blocks of every row that are zero already."""
+        return (~flat[:, self.members].any(-1)).sum(1)
+
+    def loss_curve(self, points: int = POINTS) -> Curve:
+        """The layer's damped loss over the share of its blocks that are gone, before any refit."""
+        return heap_curve(self.losses.flatten(0, 1), int(self._fixed(self._padded()).sum()), points)
 
     def solution(self, sparsity: float, selection: Selection = "heap") -> LayerSolution:
         """The layer with a share of its blocks gone: weights by an exact solve on the mask."""

@@ -21,6 +21,7 @@ def solution_parts(solution: LayerSolution) -> tuple[dict[str, Any], dict[str, T
         "status": asdict(solution.status),
         "refinement": None if solution.refinement is None else asdict(solution.refinement),
         "grid": None if solution.grid is None else asdict(solution.grid.spec),
+        "curve": [list(point) for point in solution.curve],
     }
     tensors = {"weight": solution.weight, "mask": solution.mask}
     if solution.codes is not None:
@@ -52,6 +53,7 @@ def solution_from_parts(
         grid=grid,
         codes=placed.get("codes"),
         refinement=refinement,
+        curve=tuple((share, loss) for share, loss in scalars.get("curve", ())),
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_obc.errors import PatternError, SpecError
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.block_sweep import sweep_blocks_prepared
+from lightning_obc.obs.curves import line, step_curve
 from lightning_obc.obs.damping import resolve_damping
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.refine import GreedyMask, refine_mask
@@ -18,7 +19,7 @@ from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.obs.structured import structured_order
-from lightning_obc.obs.sweep import existing_zeros, sweep_prepared
+from lightning_obc.obs.sweep import existing_zeros, in_units, sweep_prepared
 from lightning_obc.solvers import Refine, parse_refine
 from lightning_obc.specs import (
     NM,
@@ -153,7 +154,7 @@ def _unstructured(
     pattern: Unstructured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
 ) -> GreedyMask:
     sweep = sweep_prepared(problem, backend, budget)
-    return GreedyMask(sweep.problem, sweep.mask(pattern.sparsity, selection), backend, curve=sweep.curve())
+    return GreedyMask(sweep.problem, sweep.mask(pattern.sparsity, selection), backend, curve=sweep.loss_curve())
 
 
 @choose_mask.register
@@ -170,7 +171,9 @@ def _nm(
     mask = _mask_of_steps(output, problem)
     short = channels % pattern.m
     notes = (f"padded: last group of each kernel position has {short} of {pattern.m}",) if short else ()
-    return GreedyMask(problem, mask, backend, notes)
+    losses, count = in_units(output.losses, problem.units()).flatten(0, 1), output.count.flatten()
+    curve = step_curve(losses, count, torch.zeros_like(count), mask.numel())
+    return GreedyMask(problem, mask, backend, notes, curve)
 
 
 def nm_groups(columns: int, channels: int, pattern: NM, device: torch.device) -> obs_sweep.NMGroups:
@@ -202,7 +205,7 @@ def _block(
     swept = sweep_blocks_prepared(problem, pattern.size, channels, backend, budget)
     short = channels % pattern.size
     notes = (f"padded: last block of each kernel position has {short} of {pattern.size}",) if short else ()
-    return GreedyMask(swept.problem, swept.mask(pattern.sparsity, selection), swept.backend, notes)
+    return GreedyMask(swept.problem, swept.mask(pattern.sparsity, selection), swept.backend, notes, swept.loss_curve())
 
 
 @choose_mask.register
@@ -211,8 +214,10 @@ def _structured(
 ) -> GreedyMask:
     mask = torch.ones_like(problem.weight, dtype=torch.bool)
     groups, _, columns = mask.shape
-    order, _ = structured_order(problem, channels, zeros_for(pattern.sparsity, groups * channels))
+    order, losses = structured_order(problem, channels, zeros_for(pattern.sparsity, groups * channels))
     by_channel = mask.view(groups, mask.shape[1], columns // channels, channels)
     by_channel[order[:, 0], :, :, order[:, 1]] = False
     keep = existing_zeros(problem)
-    return GreedyMask(problem, mask if keep is None else mask & keep, "torch")
+    return GreedyMask(
+        problem, mask if keep is None else mask & keep, "torch", curve=line(losses, whole=groups * channels)
+    )

@@ -11,6 +11,7 @@ from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.kernels.masked_refit import masked_refit
+from lightning_obc.obs.curves import Curve, step_curve
 from lightning_obc.obs.damping import resolve_damping, sample_rows
 from lightning_obc.obs.orders import column_order_codes, ranked_by_row
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
@@ -18,6 +19,7 @@ from lightning_obc.obs.prune import check_channels
 from lightning_obc.obs.refine import GreedyCodes, refine_codes
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.solution import LayerSolution
+from lightning_obc.obs.sweep import in_units
 from lightning_obc.solvers import Order, Refine, check_order, parse_refine
 from lightning_obc.specs import IntGrid, parse_grid
 
@@ -115,11 +117,12 @@ def choose_codes(
     start = _on_mask(problem, keep, memory_budget)
     grid = fit_grid(start, spec, channels=channels, hessian=problem.damped)
     candidates: list[Tensor] = []
+    curve: Curve = ()
     if linalg.is_diagonal(problem.damped):
         # No weight can make up for another: every order ends at the nearest points, which zeros are already.
         candidates, order = [grid.encode(start)], "greedy"
     elif order in ("greedy", "auto"):
-        problem, codes = _greedy_codes(problem, start, grid, keep, backend, memory_budget)
+        problem, codes, curve = _greedy_codes(problem, start, grid, keep, backend, memory_budget)
         candidates.append(codes)
     for fixed in ("activation", "ascending"):
         if order == fixed or (order == "auto" and start.shape[-1] > 1):
@@ -129,13 +132,13 @@ def choose_codes(
                 if not candidates:
                     raise
     fitted, ranked = ranked_by_row(problem, grid, candidates)
-    return GreedyCodes(problem, fitted, ranked[0], tuple(ranked[1:2]))
+    return GreedyCodes(problem, fitted, ranked[0], tuple(ranked[1:2]), curve)
 
 
 def _greedy_codes(
     problem: Problem, start: Tensor, grid: Grid, keep: Tensor | None, backend: str, memory_budget: int | None
-) -> tuple[Problem, Tensor]:
-    """The problem that was finally solved, and codes of the greedy order from ``start [g, R, d]``."""
+) -> tuple[Problem, Tensor, Curve]:
+    """The problem that was finally solved; codes of the greedy order from ``start [g, R, d]``; its loss curve."""
 
     def kernel(problem: Problem) -> obs_sweep.SweepOutput:
         dtype, columns = problem.weight.dtype, start.shape[-1]
@@ -146,7 +149,10 @@ def _greedy_codes(
 
     problem, output = run_with_retries(problem, kernel)
     assert output.codes is not None
-    return problem, output.codes
+    count = output.count.flatten()
+    zeros = torch.zeros_like(count) if keep is None else (~keep).sum(-1).flatten().to(count.dtype)
+    losses = in_units(output.losses, problem.units()).flatten(0, 1)
+    return problem, output.codes, step_curve(losses, count, zeros, int((count - zeros).sum()))
 
 
 def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -> Tensor:

@@ -75,8 +75,9 @@ class LayerSolution:
         grid: Scale and zero point of a quantized solution, otherwise None.
         codes: uint8 codes, same shape as ``weight``, of a quantized solution.
         refinement: What refinement brought, or None when there was none.
-        curve: Points of the sweep that chose the mask, for unstructured patterns: sparsity, and damped loss as a share
-            of that of no weights at all. For reports; not kept by stores.
+        curve: Points of the greedy sweep that chose mask or codes, before refits and refinement: share of the weights
+            that are zero, or of the kept weights that are rounded, and damped loss as a share of that of no weights at
+            all. Empty where no sweep in OBS order was made (other solvers and orders of rounding).
     """
 
     weight: Tensor

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.kernels.masked_refit import masked_refit
+from lightning_obc.obs.curves import POINTS, Curve, heap_curve
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
@@ -58,7 +59,7 @@ class Sweep:
         """Several levels from the one sweep."""
         return [self.solution(sparsity, selection) for sparsity in sparsities]
 
-    def curve(self, points: int = 33) -> tuple[tuple[float, float], ...]:
+    def curve(self, points: int = POINTS) -> Curve:
         """The layer's damped loss over sparsity in the order of ``selection="heap"``, before any refit.
 
         Args:
@@ -67,17 +68,12 @@ class Sweep:
         Returns:
             Pairs of sparsity in (0, 1] and loss as a share of the loss of removing everything.
         """
-        losses = self.losses.reshape(-1, self.losses.shape[-1]).double()
-        taken = torch.sort(torch.cummax(losses, dim=1).values.flatten(), stable=True).indices
-        total = losses.flatten()[taken].cumsum(0)
-        first, last = int(self.fixed.sum()), len(total)
-        if first == last or not 0 < float(total[-1]) < float("inf"):
-            return ()
-        # Not the single weight that goes first: it costs so little that it would set the scale of every plot.
-        start = min(last - 1, first + (last - first) // points)
-        steps = torch.linspace(start, last - 1, points, dtype=torch.float64).round().long().unique()
-        shares = (total[steps] / total[-1]).tolist()
-        return tuple(((step + 1) / last, share) for step, share in zip(steps.tolist(), shares, strict=True))
+        curve = self.loss_curve(points)
+        return tuple((share, loss / curve[-1][1]) for share, loss in curve)
+
+    def loss_curve(self, points: int = POINTS) -> Curve:
+        """:meth:`curve` with damped losses as they are."""
+        return heap_curve(self.losses.reshape(-1, self.losses.shape[-1]), int(self.fixed.sum()), points)
 
 
 def sweep(

@@ -45,7 +45,6 @@ def render_html(record: Record) -> str:
     shown = sorted(rows, key=lambda row: -row["loss"])[:MOST]
     names = [name for name in _order(record) if any(name == row["name"] for row in shown)]
     histograms = {name: data for name, data in record["histograms"].items() if name in names}
-    curves = dict(list(record["curves"].items())[:MOST])
     return page(
         "template.html",
         record=record,
@@ -58,15 +57,22 @@ def render_html(record: Record) -> str:
         work=[work_rows(stage) for stage in record["stages"]],
         work_columns=WORK,
         stages=[stage["stage"] for stage in record["stages"]],
-        curves=[
-            (name, safe(charts.curve(points, "sparsity", "relative error", f"Loss curve of {name}")))
-            for name, points in curves.items()
-        ],
+        curves=_curves(record["curves"]),
         histograms=[(name, safe(charts.histogram(data, f"Weights of {name}"))) for name, data in histograms.items()],
         has_before=any(data["before"] for data in histograms.values()),
         corrections=[_correction(correction) for correction in record["corrections"]],
         left=left_dense(record),
     )
+
+
+def _curves(curves: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Charts of the loss curves of every stage, with its name; of many layers the first ones."""
+    stages: dict[str, list[tuple[str, Any]]] = {}
+    for one in curves:
+        label = f"Loss curve of {one['name']} {one['stage']}"
+        if len(charts_of := stages.setdefault(one["stage"], [])) < MOST:
+            charts_of.append((one["name"], safe(charts.curve(one["points"], one["x"], "relative error", label))))
+    return list(stages.items())
 
 
 def _order(record: Record) -> list[str]:

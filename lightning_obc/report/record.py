@@ -23,7 +23,7 @@ from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.report.result import CompressionReport
 from lightning_obc.report.samples import WeightSample
 
-FORMAT, VERSION = "lightning_obc.report", 1
+FORMAT, VERSION = "lightning_obc.report", 2
 PACKAGES = ("lightning-obc", "torch", "lightning", "numba", "triton", "numpy", "torchvision", "transformers")
 BINS = 48
 Record = dict[str, Any]
@@ -51,25 +51,26 @@ def report_record(
         plans: Plans of the stages, shown as text; default those of the report.
         dense: State dict of the model before compression, or samples of its layers' weights, for histograms of weights
             before; default what the report holds.
-        curves: Loss curves of sweeps by layer: pairs of sparsity and relative error; default those of the solutions.
+        curves: Loss curves of sweeps by layer: pairs of sparsity and relative error; default those of the layers' rows.
         trade_off: ``{"x": name, "y": name, "points": [{"x": …, "y": …, "label": …}, …]}``.
         measured: Rows of :func:`lightning_obc.export.benchmark`, as dictionaries.
         reproduce: Command or script that repeats the run; default a call of :func:`lightning_obc.compress`.
     """
     stages = [code(stage) for stage in (report.recipe if recipe is None else recipe)]
-    curves = sweep_curves(report) if curves is None else curves
     return {
         "format": FORMAT,
         "version": VERSION,
         "title": title,
-        **report.to_dict(),
+        **_without_curves(report.to_dict()),
         "left_dense": dict(report.left_dense) | unselected(report),
         "notes": list(report.notes),
         "recipe": stages,
         "plans": [str(plan) for plan in (report.plans if plans is None else plans)],
         "sizes": sizes(report),
         "histograms": histograms(report, report.dense if dense is None else dense),
-        "curves": {name: [list(map(float, point)) for point in curve] for name, curve in curves.items()},
+        "curves": sweep_curves(report)
+        if curves is None
+        else [_curve(name, "", False, c) for name, c in curves.items()],
         "trade_off": dict(trade_off) if trade_off else None,
         "measured": [dict(row) for row in measured],
         "environment": environment(),
@@ -164,11 +165,26 @@ def _entropy(share: float) -> float:
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share)
 
 
-def sweep_curves(report: CompressionReport) -> dict[str, Curve]:
-    """Loss over sparsity of the last sweep of every layer that had one."""
-    return {
-        name: solution.curve for stage in report.stages for name, solution in stage.solutions.items() if solution.curve
-    }
+def sweep_curves(report: CompressionReport) -> list[dict[str, Any]]:
+    """Loss curves of the sweeps of every stage, for every layer that had one."""
+    return [
+        _curve(layer.name, stage.stage, layer.bits <= 8, layer.curve)
+        for stage in report.stages
+        for layer in stage.layers
+        if layer.curve
+    ]
+
+
+def _curve(name: str, stage: str, rounding: bool, points: Curve) -> dict[str, Any]:
+    plain = [[float(f"{share:.5g}"), float(f"{loss:.5g}")] for share, loss in points]
+    return {"name": name, "stage": stage, "x": "share rounded" if rounding else "sparsity", "points": plain}
+
+
+def _without_curves(plain: dict[str, Any]) -> dict[str, Any]:
+    """A report as plain values; curves have their own place in a record."""
+    for stage in plain["stages"]:
+        stage["layers"] = [{key: value for key, value in row.items() if key != "curve"} for row in stage["layers"]]
+    return plain
 
 
 def histograms(report: CompressionReport, dense: Mapping[str, Union[Tensor, WeightSample]]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ class LayerReport:
             calibration is independent. ``loss`` and ``relative_error`` are then against the layer's output in the
             model before this stage, inherited error included.
         input_bits: Bit width of the layer's quantized input; None where it stays in floating point.
+        curve: Loss curve of the sweep behind it: share of the weights that are zero (of a quantized layer: of the kept
+            weights that are rounded), and damped loss as a share of that of no weights at all. Empty where there was
+            no sweep in OBS order.
     """
 
     name: str
@@ -59,6 +62,23 @@ class LayerReport:
     compressed: bool
     inherited: float | None = None
     input_bits: int | None = None
+    curve: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LayerReport:
+        """A row of :meth:`StageReport.to_dict`, also after JSON."""
+        curve = tuple((float(share), float(loss)) for share, loss in values.get("curve", ()))
+        return cls(**(dict(values) | {"shape": tuple(values["shape"]), "curve": curve}))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, ready for JSON."""
+        curve = [[_short(share), _short(loss)] for share, loss in self.curve]
+        return asdict(replace(self, curve=())) | {"shape": list(self.shape), "curve": curve}
+
+
+def _short(value: float) -> float:
+    # Points of a plot: five digits of them are enough.
+    return float(f"{value:.5g}")
 
 
 @dataclass
@@ -119,15 +139,26 @@ class StageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
-        rows = [asdict(layer) | {"shape": list(layer.shape)} for layer in self.layers]
         return {
             "stage": self.stage,
-            "layers": rows,
+            "layers": [layer.to_dict() for layer in self.layers],
             "skipped": dict(self.skipped),
             "samples": self.samples,
             "seconds": self.seconds,
             "work": [asdict(share) for share in self.work],
         }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> StageReport:
+        """What :meth:`to_dict` has kept: rows and figures, without solutions and activations."""
+        return cls(
+            values["stage"],
+            [LayerReport.from_dict(row) for row in values["layers"]],
+            values["skipped"],
+            samples=values["samples"],
+            seconds=values["seconds"],
+            work=[RankWork(**share) for share in values.get("work", ())],
+        )
 
 
 @dataclass(frozen=True)

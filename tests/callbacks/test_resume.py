@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ from torch import nn
 import lightning_obc as obc
 from lightning_obc import stage_run
 from lightning_obc.callbacks.held import HeldWeights
+from lightning_obc.callbacks.state import RunState
+from lightning_obc.callbacks.timetable import Timetable, expand
+from lightning_obc.correction import CorrectedLayer, CorrectionReport
+from lightning_obc.report import RankWork, report_record
 
 RECIPES: dict[str, list[Any]] = {
     "gradual": [
@@ -187,3 +192,26 @@ def test_a_checkpoint_of_weights_alone_says_nothing_of_masks(compressed: Any, tm
     assert len(callback.report.stages) == 2
     assert is_compressed(again)
     assert bool(((model.fc.weight == 0) <= (again.fc.weight == 0)).all())
+
+
+def test_rows_curves_shares_of_ranks_and_corrections_are_in_checkpoints(tmp_path: Path) -> None:
+    """A report that is written after a resume shows the stages before it too."""
+    stages = [obc.Prune("2:4", at={"step": 1}), obc.Quantize(4, at={"step": 2})]
+    torch.manual_seed(0)
+    report = obc.compress(nn.Sequential(nn.Linear(8, 8)), torch.randn(32, 8), [obc.Prune("2:4"), obc.Quantize(4)])
+    corrected = CorrectionReport(
+        "bias", [CorrectedLayer("0", "Linear", 0.5, None, "a note")], {"1": "no"}, 2, 0.1, (1.0, 0.5), 3, ("why",)
+    )
+    before, after = RunState(Timetable(expand(stages))), RunState(Timetable(expand(stages)))
+    shares = [RankWork(0, 0.5, 10.0, 0.1), RankWork(1, 0.5, 9.0, 0.2)]
+    before.reports = [replace(stage, work=shares, solutions={}) for stage in report.stages]
+    before.corrections = [corrected]
+    torch.save(before.state_dict(), tmp_path / "state.pt")
+    after.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert after.corrections == [corrected]
+    assert after.reports[0].work == shares
+    assert [stage.to_dict() for stage in after.reports] == [stage.to_dict() for stage in before.reports]
+    assert all(len(row.curve) > 1 for stage in after.reports for row in stage.layers)
+    drawn = [report_record(obc.CompressionReport(report.model, state.reports)) for state in (before, after)]
+    assert drawn[0]["curves"] == drawn[1]["curves"]
+    assert len(drawn[0]["curves"]) == 2

@@ -292,12 +292,21 @@ def test_a_run_saves_its_own_report(tmp_path):
     assert record["recipe"] == ["obc.Prune(pattern=0.5, exclude=['2'])", "obc.Quantize(grid=4, layers=['0'])"]
     assert len(record["plans"]) == 2
     assert sum(record["histograms"]["0"]["before"]) == dense.numel()
-    curve = record["curves"]["0"]
-    assert [round(curve[0][0] * 128), curve[-1]] == [4, [1.0, pytest.approx(1.0)]]
-    assert all(a[1] <= b[1] for a, b in itertools.pairwise(curve))
+    pruned, rounded = record["curves"]
+    assert [(one["name"], one["stage"], one["x"]) for one in (pruned, rounded)] == [
+        ("0", "Prune(0.5)", "sparsity"),
+        ("0", report.stages[1].stage, "share rounded"),
+    ]
+    curve = pruned["points"]
+    # A float32 sweep of 16 columns adds up rounding of some 1e-6; the measure it is compared with is float64.
+    assert [round(curve[0][0] * 128), curve[-1]] == [4, [1.0, pytest.approx(1.0, rel=1e-4)]]
+    assert all(a[1] <= b[1] for points in (curve, rounded["points"]) for a, b in itertools.pairwise(points))
+    assert not any("curve" in row for stage in record["stages"] for row in stage["layers"])
     assert record["left_dense"] == {"2": "no stage selects it"}
     page = paths[0].read_text()
     assert "Loss curves of the sweep" in page
+    assert page.count('aria-label="Loss curve of 0') == 2
+    assert "share rounded" in page
     assert "before" in page
 
 

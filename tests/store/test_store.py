@@ -30,7 +30,10 @@ def run(store: Path | None, stages: Any = RECIPE, batches: Any = BATCHES, **opti
 
 def figures(report: Any) -> list[Any]:
     return [
-        (row.name, row.loss, row.damping_loss, row.relative_error, row.held_out, row.status, row.sparsity, row.bits)
+        (
+            *(row.name, row.loss, row.damping_loss, row.relative_error, row.held_out, row.status),
+            *(row.sparsity, row.bits, row.curve),
+        )
         for stage in report.stages
         for row in stage.layers
     ]

@@ -14,6 +14,7 @@ from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
 from lightning_obc.kernels.masked_refit import masked_refit
+from lightning_obc.obs.curves import Curve, relative
 from lightning_obc.obs.orders import column_order_codes
 from lightning_obc.obs.problem import HessianLike, Problem, prepare, row_losses
 from lightning_obc.obs.refine.codes import CodesState, better_of, descend
@@ -28,18 +29,18 @@ State = TypeVar("State")
 
 @dataclass(frozen=True)
 class GreedyMask:
-    """Masks ``[g, R, d]`` that a greedy solver chose, and the problem it finally solved."""
+    """Masks ``[g, R, d]`` that a greedy solver chose, the problem it finally solved, and the losses of its steps."""
 
     problem: Problem
     mask: Tensor
     backend: str
     notes: tuple[str, ...] = ()
-    curve: tuple[tuple[float, float], ...] = ()
+    curve: Curve = ()
 
     def solution(self, memory_budget: int | None = None) -> LayerSolution:
         """Optimal weights on the mask."""
         solution = solve_mask(self.problem, self.mask, self.backend, memory_budget, self.notes)
-        return replace(solution, curve=self.curve)
+        return replace(solution, curve=relative(self.curve, self.problem, solution.reference))
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,22 @@ class GreedyCodes:
 
     Attributes:
         others: Other codes to start from: those of every row's second best order, where several were tried.
+        curve: Losses of the greedy order's steps, where it was tried.
     """
 
     problem: Problem
     grid: Grid
     codes: Tensor
     others: tuple[Tensor, ...] = ()
+    curve: Curve = ()
 
     def solution(self, keep: Tensor | None, backend: str) -> LayerSolution:
         """The solution of these codes; ``keep [g, R, d]`` is its mask, None when nothing is masked."""
         weight = self.grid.dequantize(self.codes)
         mask = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
         codes = self.problem.shaped(self.codes)
-        return self.problem.solution(weight, mask, self.problem.status(backend), grid=self.grid, codes=codes)
+        solution = self.problem.solution(weight, mask, self.problem.status(backend), grid=self.grid, codes=codes)
+        return replace(solution, curve=relative(self.curve, self.problem, solution.reference))
 
 
 def refine_mask(
@@ -112,7 +116,7 @@ def refine_mask(
     kept = torch.where(better, mask, greedy.mask)
     final = torch.where(better, weight, _batched(solution.weight).double())
     refined = problem.solution(final, kept, solution.status)
-    return _recorded(refined, better, gain, verdict, deadline)
+    return _recorded(replace(refined, curve=solution.curve), better, gain, verdict, deadline)
 
 
 def refine_codes(
@@ -156,7 +160,7 @@ def refine_codes(
     scale = torch.where(better, state.grid.scale, greedy.grid.scale)
     final = replace(greedy, grid=replace(greedy.grid, scale=scale), codes=codes)
     refined = final.solution(keep, solution.status.backend)
-    return _recorded(refined, better, gain, verdict, deadline)
+    return _recorded(replace(refined, curve=solution.curve), better, gain, verdict, deadline)
 
 
 def _from_all_starts(
