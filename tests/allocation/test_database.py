@@ -6,14 +6,13 @@ import copy
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from children import script
 from torch import Tensor, nn
 
 from lightning_obc import obs
@@ -265,10 +264,9 @@ def test_a_killed_build_goes_on_to_the_files_of_an_undisturbed_one(model: Any, t
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     levels = product([None, "2:4", 0.5], [(None, None), (4, 4)])
 
-    def run(how: str) -> int:
+    def run(how: str) -> int | None:
         plain = json.dumps([level.to_dict() for level in levels])
-        arguments = [sys.executable, "-c", KILLED, str(killed), str(Path(__file__).parent), how, plain]
-        return subprocess.run(arguments, check=False).returncode
+        return script(KILLED, str(killed), str(Path(__file__).parent), how, plain, folder=tmp_path).code
 
     assert run("kill") == -signal.SIGKILL
     before = {file: file.stat().st_mtime_ns for file in killed.rglob("*.safetensors")}

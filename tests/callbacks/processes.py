@@ -1,20 +1,17 @@
 """Starts the ranks of a test as processes of their own, with a time limit, and brings back what each of them saved.
 
-Run as a script, it is one of these ranks: ``processes.py MODULE FUNCTION RESULT`` calls the function and saves what it
-returns. The processes know of each other what Lightning's own launcher would tell them.
+The processes know of each other what Lightning's own launcher would tell them.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+from children import start
 
 
 def run_processes(module: str, function: str, size: int, folder: Path, limit: float = 150.0) -> list[Any]:
@@ -25,40 +22,30 @@ def run_processes(module: str, function: str, size: int, folder: Path, limit: fl
     """
     import torch
 
-    environment = os.environ | {
+    environment = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "NODE_RANK": "0",
+        "WORLD_SIZE": str(size),
         "OBC_TEST_RANKS": str(size),
-        "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "PYTHONPATH": os.pathsep.join([str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")]),
         "OBC_TEST_FOLDER": str(folder),
     }
-    command = [sys.executable, __file__, module, function]
     results = [folder / f"{function}-{rank}-of-{size}.pt" for rank in range(size)]
-    logs = [result.with_suffix(".log").open("w+") for result in results]
     ranks = [
-        subprocess.Popen(
-            [*command, str(result)],
-            env=environment | {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(size)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
+        start(
+            _rank,
+            module,
+            function,
+            str(result),
+            folder=folder,
+            output=result.with_suffix(".log"),
+            environment=environment | {"LOCAL_RANK": str(rank), "RANK": str(rank)},
         )
-        for rank, (result, log) in enumerate(zip(results, logs, strict=True))
+        for rank, result in enumerate(results)
     ]
-    try:
-        codes = [rank.wait(timeout=limit) for rank in ranks]
-    except subprocess.TimeoutExpired:
-        codes = [None]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-        texts = [log.seek(0) or log.read() for log in logs]
-        for log in logs:
-            log.close()
+    end = time.monotonic() + limit
+    codes = [rank.wait(max(0.0, end - time.monotonic())).code for rank in ranks]
+    texts = [rank.text() for rank in ranks]
     tails = "\n".join(f"--- rank {rank}\n{text[-6000:]}" for rank, text in enumerate(texts))
     assert codes == [0] * size, f"exit codes {codes}\n{tails}"
     return [
@@ -72,9 +59,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-if __name__ == "__main__":
+def _rank(module: str, function: str, result: str) -> None:
     import torch
 
     torch.set_num_threads(1)
-    sys.path.insert(0, str(HERE))
-    torch.save(getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(), sys.argv[3])
+    torch.save(getattr(importlib.import_module(module), function)(), result)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from children import SERVER
 from torch import Tensor, nn
 
 LAYERS = 6
@@ -68,32 +68,24 @@ def fit(folder: str) -> None:
     finish(folder, model.state_dict())
 
 
-@pytest.fixture(scope="module")
-def server() -> Any:
-    """Processes that start in no time: the packages are imported once, by a process that has no threads yet."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_obc.pipeline", "lightning_obc.callbacks", __name__])
-    return context
-
-
 def solved(folder: Path) -> dict[str, int]:
     """Solved layers and when their files were written."""
     return {path.name: path.stat().st_mtime_ns for path in (folder / "store").glob("stage*.safetensors")}
 
 
-def undisturbed(server: Any, job: Any, folder: Path) -> dict[str, Tensor]:
+def undisturbed(job: Any, folder: Path) -> dict[str, Tensor]:
     folder.mkdir()
-    process = server.Process(target=job, args=(str(folder),))
+    process = SERVER.Process(target=job, args=(str(folder),))
     process.start()
     process.join()
     assert process.exitcode == 0
     return torch.load(folder / "result.pt", weights_only=True)
 
 
-def killed(server: Any, job: Any, folder: Path, more: int, delay: float) -> bool:
+def killed(job: Any, folder: Path, more: int, delay: float) -> bool:
     """Start a run, kill it a while after ``more`` further layers are solved. False: it ended before."""
     goal = len(solved(folder)) + more
-    process = server.Process(target=job, args=(str(folder),))
+    process = SERVER.Process(target=job, args=(str(folder),))
     process.start()
     while process.is_alive() and len(solved(folder)) < goal:
         time.sleep(0.0005)
@@ -105,15 +97,15 @@ def killed(server: Any, job: Any, folder: Path, more: int, delay: float) -> bool
     return process.exitcode != 0
 
 
-def check_kills(server: Any, job: Any, tmp_path: Path, kills: int, total: int) -> None:
+def check_kills(job: Any, tmp_path: Path, kills: int, total: int) -> None:
     """Kill runs ``kills`` times; a run that ends before its kill is checked, and the next one starts from nothing."""
-    expected = undisturbed(server, job, tmp_path / "calm")
+    expected = undisturbed(job, tmp_path / "calm")
     assert len(solved(tmp_path / "calm")) == total
     luck, hits, folder = random.Random(0), 0, tmp_path / "run0"
     folder.mkdir()
     for attempt in range(1, 4 * kills):
         before = solved(folder)
-        hit = killed(server, job, folder, luck.choice((0, 1, 1)), luck.choice((0.0, 0.003, 0.01, 0.05)))
+        hit = killed(job, folder, luck.choice((0, 1, 1)), luck.choice((0.0, 0.003, 0.01, 0.05)))
         assert before.items() <= solved(folder).items(), "a layer was solved twice"
         hits += hit
         if hits == kills:
@@ -124,7 +116,7 @@ def check_kills(server: Any, job: Any, tmp_path: Path, kills: int, total: int) -
             folder.mkdir()
     assert hits == kills
     before = solved(folder)
-    process = server.Process(target=job, args=(str(folder),))
+    process = SERVER.Process(target=job, args=(str(folder),))
     process.start()
     process.join()
     assert process.exitcode == 0
@@ -143,17 +135,17 @@ needs_fork = pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL a
 
 
 @needs_fork
-def test_three_kills_of_a_compress_run(server: Any, tmp_path: Path) -> None:
-    check_kills(server, compress, tmp_path, kills=3, total=2 * LAYERS)
+def test_three_kills_of_a_compress_run(tmp_path: Path) -> None:
+    check_kills(compress, tmp_path, kills=3, total=2 * LAYERS)
 
 
 @needs_fork
 @pytest.mark.slow
-def test_ten_kills_of_a_compress_run(server: Any, tmp_path: Path) -> None:
-    check_kills(server, compress, tmp_path, kills=10, total=2 * LAYERS)
+def test_ten_kills_of_a_compress_run(tmp_path: Path) -> None:
+    check_kills(compress, tmp_path, kills=10, total=2 * LAYERS)
 
 
 @needs_fork
 @pytest.mark.slow
-def test_ten_kills_of_a_fit_that_resumes_from_its_last_checkpoint(server: Any, tmp_path: Path) -> None:
-    check_kills(server, fit, tmp_path, kills=10, total=8)
+def test_ten_kills_of_a_fit_that_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    check_kills(fit, tmp_path, kills=10, total=8)
