@@ -42,7 +42,8 @@ class Child:
         return self
 
     def text(self) -> str:
-        return self.output.read_text(errors="replace")
+        """What it has printed; nothing where it could not even start."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
 def start(

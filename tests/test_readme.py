@@ -47,7 +47,7 @@ def test_the_first_example_runs_in_a_fresh_interpreter(tmp_path: Path) -> None:
 def test_an_example_that_fails_is_seen(tmp_path: Path) -> None:
     done = script("import lightning_obc as obc\nobc.Prune('2:5:7')", folder=tmp_path)
     assert done.code == 1
-    assert "PatternError" in done.text()
+    assert "SpecError: A pattern cannot be read" in done.text()
 
 
 def test_every_public_name_is_documented_and_in_the_changelog() -> None:
