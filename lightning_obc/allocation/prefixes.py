@@ -1,4 +1,5 @@
-"""All levels of a sweep at once: one Cholesky factorisation per row serves every prefix of its elimination order.
+"""All levels of a sweep at once: one Cholesky factorisation per row serves every prefix of its elimination order (one
+for all rows where they share the order, as in structured pruning).
 
 Index legend: ``g`` problems, ``R`` rows, ``d`` columns, ``K`` levels. Order the columns of a row so that what is
 eliminated last comes first, and factor ``H = L Lᵀ``. The leading ``k × k`` block of ``L`` belongs to the ``k`` columns
@@ -52,28 +53,30 @@ def prefix_losses(
     Raises:
         NotPositiveDefiniteError: A factorisation failed.
     """
-    groups, rows, columns = weight.shape
+    _, rows, columns = weight.shape
     levels = counts.shape[0]
     loss = torch.zeros(levels, dtype=torch.float64, device=weight.device)
     damping_loss = torch.zeros_like(loss)
-    per_row = 8 * columns * (3 * columns + 3 * levels)
-    step = max(1, memory_budget // per_row)
-    for group in range(groups):
+    for group, own in enumerate(order):
+        together = rows > 1 and bool((own == own[:1]).all())
+        per_row = 8 * columns * ((0 if together else 3 * columns) + 3 * levels)
+        step = max(1, memory_budget // per_row)
+        factors = _factor(damped[group], order[group, :1]) if together else None
         for start in range(0, rows, step):
             chunk = slice(start, start + step)
-            total, moved = _rows(damped[group], weight[group, chunk], order[group, chunk], counts[:, group, chunk])
+            taken = order[group, chunk]
+            factor = _factor(damped[group], taken) if factors is None else factors
+            total, moved = _rows(factor, weight[group, chunk], taken, counts[:, group, chunk])
             penalty = lam_bar[group] * moved / 2
             damping_loss += penalty
             loss += total - penalty
     return PrefixLosses(loss.clamp(min=0), damping_loss)
 
 
-def _rows(damped: Tensor, weight: Tensor, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Damped losses and ``‖ΔW‖²``, ``[K]`` each, of a chunk of rows ``[P, d]``."""
-    columns = weight.shape[1]
+def _factor(damped: Tensor, order: Tensor) -> Tensor:
+    """``L [P, d, d]`` of ``H = L Lᵀ`` with the columns of each row ``order [P, d]`` reversed."""
     last_first = order.flip(1).long()
-    matrix = damped[last_first[:, :, None], last_first[:, None, :]]
-    factor, info = torch.linalg.cholesky_ex(matrix)
+    factor, info = torch.linalg.cholesky_ex(damped[last_first[:, :, None], last_first[:, None, :]])
     if bool((info != 0).any()):
         raise NotPositiveDefiniteError(
             "A Hessian is not positive definite in some order of its columns",
@@ -81,12 +84,24 @@ def _rows(damped: Tensor, weight: Tensor, order: Tensor, counts: Tensor) -> tupl
             expected="a positive definite damped Hessian",
             remedy="raise damping",
         )
-    dense = weight.double().gather(1, last_first)
-    # y = L⁻¹ H w is Lᵀ w.
-    solved = (factor.mT @ dense[:, :, None])[:, :, 0]
+    return factor
+
+
+def _rows(factor: Tensor, weight: Tensor, order: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Damped losses and ``‖ΔW‖²``, ``[K]`` each, of a chunk of rows ``[P, d]`` with a factor each, or one for all."""
+    rows, columns = weight.shape
+    dense = weight.double().gather(1, order.flip(1).long())
     kept = torch.arange(columns, device=weight.device) < columns - counts[:, :, None]
+    # y = L⁻¹ H w is Lᵀ w.
+    if len(factor) == rows:
+        solved = (factor.mT @ dense[:, :, None])[:, :, 0]
+    else:
+        solved = dense @ factor[0]
     masked = torch.where(kept, solved, torch.zeros_like(solved))
     losses = torch.where(kept, torch.zeros_like(solved), solved.square()).sum((1, 2)) / 2
     # Zeros below the prefix stay zeros in the back-substitution, so that all levels share one triangular solve.
-    weights = torch.linalg.solve_triangular(factor.mT, masked.permute(1, 2, 0), upper=True)
-    return losses, (weights - dense[:, :, None]).square().sum((0, 1))
+    if len(factor) == rows:
+        weights = torch.linalg.solve_triangular(factor.mT, masked.permute(1, 2, 0), upper=True)
+        return losses, (weights - dense[:, :, None]).square().sum((0, 1))
+    weights = torch.linalg.solve_triangular(factor[0].mT, masked.flatten(0, 1).mT, upper=True).mT
+    return losses, (weights.unflatten(0, (-1, rows)) - dense).square().sum((1, 2))

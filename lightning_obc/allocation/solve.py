@@ -1,4 +1,9 @@
-"""Solve the levels of one layer: all unstructured, and all block levels from one sweep; others by their own."""
+"""Solve the levels of one layer: one inverse for all, and one elimination for all levels of a kind.
+
+Unstructured, block (of one size) and structured levels are prefixes of one elimination each. N:M levels are not: what
+a group loses last at one quota depends on when the other groups close, so that no quota's result is part of another's.
+Nor are codes: every grid and every mask has an elimination of its own.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +19,16 @@ from lightning_obc.allocation.prefixes import prefix_losses
 from lightning_obc.allocation.record import LayerRecord, LevelRecord, check_ladder
 from lightning_obc.errors import NotPositiveDefiniteError, PatternError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.obs import BlockSweep, LayerSolution, Sweep, prune, quantize, sweep, sweep_blocks
+from lightning_obc.obs import BlockSweep, LayerSolution, Problem, StructuredSweep, Sweep, prepare, prune
+from lightning_obc.obs.block_sweep import sweep_blocks_prepared
 from lightning_obc.obs.problem import quadratic
-from lightning_obc.obs.prune import check_fit
-from lightning_obc.specs import Block, IntGrid, Pattern, Selection, Unstructured
+from lightning_obc.obs.prune import backend_for, check_fit, choose_mask
+from lightning_obc.obs.quantize import choose_codes
+from lightning_obc.obs.structured import sweep_structured_prepared
+from lightning_obc.obs.sweep import sweep_prepared
+from lightning_obc.specs import Block, IntGrid, Pattern, Selection, Structured, Unstructured
+
+Swept = Sweep | BlockSweep | StructuredSweep
 
 # One bound for solving and rebuilding, so that chunks, and with them the last bits, are the same both times.
 MEMORY_BUDGET = 2**29
@@ -105,7 +116,7 @@ def solve_levels_(
     todo = [level for level in todo if reasons[level.name] is None]
     if not todo:
         return
-    layer = _Layer(weight, hessian, channels, record.damping, recipe)
+    layer = _Layer(prepare(weight, hessian, record.damping), channels, recipe)
     _solve_masks_(record, layer, [level for level in todo if level.grid is None])
     for level in todo:
         if level.grid is not None:
@@ -114,61 +125,41 @@ def solve_levels_(
 
 @dataclass(frozen=True)
 class _Layer:
-    weight: Tensor
-    hessian: Tensor
+    """A layer whose Hessian is inverted once for all levels."""
+
+    problem: Problem
     channels: int
-    damping: float
     recipe: Recipe
 
+    def backend(self, pattern: Pattern | None = None) -> str:
+        return backend_for(self.recipe.backend, self.problem.weight.device.type, pattern)
+
     def prune(self, pattern: Pattern) -> LayerSolution:
-        return prune(
-            self.weight,
-            self.hessian,
-            pattern,
-            selection=self.recipe.selection,
-            channels=self.channels,
-            damping=self.damping,
-            backend=self.recipe.backend,
-            memory_budget=MEMORY_BUDGET,
-        )
+        selection, backend = self.recipe.selection, self.backend(pattern)
+        greedy = choose_mask(pattern, self.problem, selection, self.channels, backend, MEMORY_BUDGET)
+        return greedy.solution(MEMORY_BUDGET)
 
     def quantize(self, grid: IntGrid, mask: Tensor | None) -> LayerSolution:
-        return quantize(
-            self.weight,
-            self.hessian,
-            grid,
-            mask=mask,
-            channels=self.channels,
-            damping=self.damping,
-            backend=self.recipe.backend,
-            memory_budget=MEMORY_BUDGET,
-        )
+        keep, backend = None if mask is None or bool(mask.all()) else mask, self.backend()
+        return choose_codes(self.problem, grid, keep, self.channels, backend, MEMORY_BUDGET).solution(keep, backend)
 
-    def sweep(self) -> Sweep:
-        return sweep(
-            self.weight,
-            self.hessian,
-            damping=self.damping,
-            backend=self.recipe.backend,
-            memory_budget=MEMORY_BUDGET,
-        )
-
-    def sweep_blocks(self, size: int) -> BlockSweep:
-        return sweep_blocks(
-            self.weight,
-            self.hessian,
-            size,
-            channels=self.channels,
-            damping=self.damping,
-            backend=self.recipe.backend,
-            memory_budget=MEMORY_BUDGET,
-        )
+    def sweep(self, ladder: Sequence[Pattern]) -> Swept | None:
+        """The one elimination that all these patterns, which are of one kind, follow from; None where there is none."""
+        first = ladder[0]
+        if isinstance(first, Unstructured):
+            return sweep_prepared(self.problem, self.backend(first), MEMORY_BUDGET)
+        if isinstance(first, Block):
+            return sweep_blocks_prepared(self.problem, first.size, self.channels, self.backend(first), MEMORY_BUDGET)
+        if isinstance(first, Structured):
+            self.backend(first)  # refuses those without the pattern
+            return sweep_structured_prepared(self.problem, self.channels, max(map(_sparsity, ladder)), MEMORY_BUDGET)
+        return None
 
 
 def _solve_codes_(record: LayerRecord, layer: _Layer, level: Level) -> None:
     assert level.grid is not None
     mask = record.mask(level)
-    solution = layer.quantize(level.grid, None if level.pattern is None else mask.to(layer.weight.device))
+    solution = layer.quantize(level.grid, None if level.pattern is None else mask.to(layer.problem.weight.device))
     assert solution.grid is not None
     assert solution.codes is not None
     record.add_codes(level, mask, solution.grid, solution.codes)
@@ -176,19 +167,17 @@ def _solve_codes_(record: LayerRecord, layer: _Layer, level: Level) -> None:
 
 
 def _solve_masks_(record: LayerRecord, layer: _Layer, levels: Sequence[Level]) -> None:
-    """Levels without a grid: all of a ladder from one sweep, the others one by one."""
+    """Levels without a grid: all of a kind from one elimination, N:M one by one."""
     kinds: dict[str, list[Level]] = {}
     for level in levels:
         if level.pattern is not None:
             kinds.setdefault(_kind(level.pattern), []).append(level)
     for kind in kinds.values():
-        pattern = kind[0].pattern
-        if isinstance(pattern, Unstructured):
-            _solve_ladder_(record, layer, layer.sweep(), kind)
-        elif isinstance(pattern, Block):
-            _solve_ladder_(record, layer, layer.sweep_blocks(pattern.size), kind)
-        else:
+        swept = layer.sweep([level.pattern for level in kind if level.pattern is not None])
+        if swept is None:
             _solve_singly_(record, layer, kind)
+        else:
+            _solve_ladder_(record, layer, swept, kind)
 
 
 def _kind(pattern: Pattern) -> str:
@@ -206,24 +195,29 @@ def _solve_singly_(record: LayerRecord, layer: _Layer, levels: Sequence[Level]) 
     record.add_masks(masks)
 
 
-def _solve_ladder_(record: LayerRecord, layer: _Layer, swept: Sweep | BlockSweep, ladder: Sequence[Level]) -> None:
+def _solve_ladder_(record: LayerRecord, layer: _Layer, swept: Swept, ladder: Sequence[Level]) -> None:
     check_ladder(ladder)
-    masks = {level.name: swept.mask(_sparsity(level), layer.recipe.selection) for level in ladder}
-    losses = _ladder_losses(swept, torch.stack(list(masks.values())))
+    masks = {level.name: _mask(swept, _sparsity(level.pattern), layer.recipe.selection) for level in ladder}
+    losses = _ladder_losses(swept.problem, torch.stack(list(masks.values())))
     for (name, mask), (loss, damping_loss) in zip(masks.items(), losses, strict=True):
-        kept, notes = int(mask.sum()), swept.problem.notes
+        kept, notes = int(mask.sum()), swept.problem.notes + getattr(swept, "notes", ())
         record.levels[name] = LevelRecord(loss, damping_loss, kept, 0, swept.backend, notes)
     record.add_masks(masks)
 
 
-def _sparsity(level: Level) -> float:
-    assert isinstance(level.pattern, (Unstructured, Block))
-    return level.pattern.sparsity
+def _mask(swept: Swept, sparsity: float, selection: Selection) -> Tensor:
+    if isinstance(swept, StructuredSweep):
+        return swept.mask(sparsity)
+    return swept.mask(sparsity, selection)
 
 
-def _ladder_losses(sweep: Sweep | BlockSweep, masks: Tensor) -> list[tuple[float, float]]:
+def _sparsity(pattern: Pattern | None) -> float:
+    assert isinstance(pattern, (Unstructured, Block, Structured))
+    return pattern.sparsity
+
+
+def _ladder_losses(problem: Problem, masks: Tensor) -> list[tuple[float, float]]:
     """Loss and damping loss of every level, from nested keep-masks ``[K, g, R, d]``."""
-    problem = sweep.problem
     # What the strongest levels keep goes last; within one level the order does not matter.
     order = masks.sum(0).argsort(dim=-1, stable=True)
     try:

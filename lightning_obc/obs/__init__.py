@@ -5,6 +5,7 @@ from lightning_obc.obs.problem import Problem, prepare
 from lightning_obc.obs.prune import prune
 from lightning_obc.obs.quantize import quantize
 from lightning_obc.obs.solution import LayerSolution, Status
+from lightning_obc.obs.structured import StructuredSweep, sweep_structured
 from lightning_obc.obs.sweep import Sweep, sweep
 
 __all__ = [
@@ -12,10 +13,12 @@ __all__ = [
     "LayerSolution",
     "Problem",
     "Status",
+    "StructuredSweep",
     "Sweep",
     "prepare",
     "prune",
     "quantize",
     "sweep",
     "sweep_blocks",
+    "sweep_structured",
 ]

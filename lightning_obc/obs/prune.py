@@ -16,9 +16,8 @@ from lightning_obc.obs.damping import resolve_damping
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.refine import GreedyMask, refine_mask
 from lightning_obc.obs.running import run_with_retries
-from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
-from lightning_obc.obs.structured import structured_order
+from lightning_obc.obs.structured import sweep_structured_prepared
 from lightning_obc.obs.sweep import existing_zeros, in_units, sweep_prepared
 from lightning_obc.solvers import Refine, parse_refine
 from lightning_obc.specs import (
@@ -70,7 +69,7 @@ def prune(
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
     """
     pattern = parse_pattern(pattern)
-    backend = _resolve_backend(backend, weight.device.type, pattern)
+    backend = backend_for(backend, weight.device.type, pattern)
     channels = check_channels(weight.shape[-1], channels)
     check_fit(pattern, channels, misfit)
 
@@ -95,7 +94,12 @@ def prune(
     )
 
 
-def _resolve_backend(backend: str, device_type: str, pattern: Pattern) -> str:
+def backend_for(backend: str, device_type: str, pattern: Pattern | None) -> str:
+    """The backend that solves a pattern (None: codes) on a device.
+
+    Raises:
+        BackendError: It is unknown, cannot run there, or lacks the pattern.
+    """
     if isinstance(pattern, Block):
         return obs_sweep.block_backend(backend, device_type, pattern.size)
     if isinstance(pattern, Structured):
@@ -212,12 +216,6 @@ def _block(
 def _structured(
     pattern: Structured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
 ) -> GreedyMask:
-    mask = torch.ones_like(problem.weight, dtype=torch.bool)
-    groups, _, columns = mask.shape
-    order, losses = structured_order(problem, channels, zeros_for(pattern.sparsity, groups * channels))
-    by_channel = mask.view(groups, mask.shape[1], columns // channels, channels)
-    by_channel[order[:, 0], :, :, order[:, 1]] = False
-    keep = existing_zeros(problem)
-    return GreedyMask(
-        problem, mask if keep is None else mask & keep, "torch", curve=line(losses, whole=groups * channels)
-    )
+    swept = sweep_structured_prepared(problem, channels, pattern.sparsity, budget)
+    curve = line(swept.losses, whole=problem.weight.shape[0] * channels)
+    return GreedyMask(swept.problem, swept.mask(pattern.sparsity), swept.backend, swept.notes, curve)

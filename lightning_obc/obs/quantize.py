@@ -10,13 +10,13 @@ from lightning_obc.errors import NotPositiveDefiniteError, ShapeError
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.grids import Grid
 from lightning_obc.kernels import obs_sweep
-from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.curves import Curve, step_curve
 from lightning_obc.obs.damping import resolve_damping, sample_rows
 from lightning_obc.obs.orders import column_order_codes, ranked_by_row
 from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
 from lightning_obc.obs.prune import check_channels
 from lightning_obc.obs.refine import GreedyCodes, refine_codes
+from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.obs.sweep import in_units
@@ -159,7 +159,4 @@ def _on_mask(problem: Problem, keep: Tensor | None, memory_budget: int | None) -
     """The weights to start from: those passed in, refitted exactly if the mask removes any that are not zero yet."""
     if keep is None or not bool((problem.weight[~keep] != 0).any()):
         return problem.weight
-    refitted = masked_refit(
-        problem.damped, problem.original_batched(), keep, inverse=problem.inverse, memory_budget=memory_budget
-    )
-    return refitted.to(problem.weight.dtype)
+    return refit_on_mask(problem, keep, memory_budget).to(problem.weight.dtype)

@@ -4,17 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
-from lightning_obc.kernels.obs_sweep import SweepOutput
 from lightning_obc.obs.problem import Problem, prepare
 
 RETRIES = 4
 
 
-def run_with_retries(problem: Problem, kernel: Callable[[Problem], SweepOutput]) -> tuple[Problem, SweepOutput]:
+class Swept(Protocol):
+    """What a sweep returns: among others, which rows (or eliminations of several rows) a bad pivot has stopped."""
+
+    @property
+    def broken(self) -> Tensor: ...
+
+
+SweptT = TypeVar("SweptT", bound=Swept)
+
+
+def run_with_retries(problem: Problem, kernel: Callable[[Problem], SweptT]) -> tuple[Problem, SweptT]:
     """Sweep; a row whose pivot is not finite or not positive sends the layer to float64, then to tenfold damping.
 
     Returns:
@@ -26,9 +37,9 @@ def run_with_retries(problem: Problem, kernel: Callable[[Problem], SweepOutput])
     notes = problem.notes
     for _ in range(RETRIES):
         output = kernel(problem)
-        if not output.any_broken:
-            return problem, output
         rows = int(output.broken.sum())
+        if rows == 0:
+            return problem, output
         if problem.weight.dtype != torch.float64:
             notes = (*notes, f"{rows} rows broke in {problem.weight.dtype}; swept again in float64")
             problem = problem.with_dtype(torch.float64)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_obc.kernels import obs_sweep
-from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.curves import POINTS, Curve, heap_curve
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
+from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
 from lightning_obc.obs.solution import LayerSolution
@@ -145,7 +145,5 @@ def solve_mask(
     if bool(mask.all()):
         weight = problem.original_batched()
     else:
-        weight = masked_refit(
-            problem.damped, problem.original_batched(), mask, inverse=problem.inverse, memory_budget=memory_budget
-        )
+        weight = refit_on_mask(problem, mask, memory_budget)
     return problem.solution(weight, mask, problem.status(backend, *notes))

@@ -35,6 +35,7 @@ from lightning_obc.errors import (
     SpecError,
 )
 from lightning_obc.layers import adapter_for
+from lightning_obc.obs import structured
 from lightning_obc.specs import NM, Block, IntGrid, Structured, Unstructured
 
 Collect = Callable[..., Any]
@@ -438,12 +439,13 @@ def test_blocks_leave_together_also_where_weights_are_zero_already(
     with torch.no_grad():
         model.head.weight[0, :3] = 0
     sweeps: list[int] = []
+    original = solve_module.sweep_blocks_prepared
 
-    def counted(weight: Tensor, hessian: Tensor, size: int, **options: Any) -> Any:
+    def counted(problem: obs.Problem, size: int, *rest: Any) -> Any:
         sweeps.append(size)
-        return obs.sweep_blocks(weight, hessian, size, **options)
+        return original(problem, size, *rest)
 
-    monkeypatch.setattr(solve_module, "sweep_blocks", counted)
+    monkeypatch.setattr(solve_module, "sweep_blocks_prepared", counted)
     levels = [*block_ladder(4, 0.3, 0.6), *product([Block(2, 0.5), Block(4, 0.4)], [(8, 8)])]
     database = build_database(tmp_path, model, levels, statistics, layers=["mix", "head"])
     assert sorted(sweeps) == [2, 2, 4, 4], "one sweep for all blocks of a size, in each of two layers"
@@ -490,17 +492,56 @@ def test_unknown_layers_and_impossible_recipes(database: Database, model: Any, t
             Recipe(**arguments)  # type: ignore[arg-type]
 
 
-def test_nested_masks_of_other_patterns_share_an_index(model: Any, statistics: Collect, tmp_path: Path) -> None:
+def test_structured_levels_come_from_one_elimination(
+    model: Any, statistics: Collect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        model.head.weight[0, :3] = 0
+    runs: list[int] = []
+    original = structured.eliminate_channels
+
+    def counted(problem: obs.Problem, channels: int, steps: int, *rest: Any, **options: Any) -> Any:
+        runs.append(steps)
+        return original(problem, channels, steps, *rest, **options)
+
+    monkeypatch.setattr(structured, "eliminate_channels", counted)
     levels = [Level(Structured(sparsity)) for sparsity in (0.25, 0.5, 0.75)]
+    levels += [Level(Structured(0.5), IntGrid(4))]
     database = build_database(tmp_path, model, levels, statistics, layers=["mix", "head"])
+    assert runs == [6, 6], "one elimination for each of two layers, to the strongest of its levels"
     record = database.record("head")
     assert record.ladders == [["structured@0.25", "structured@0.5", "structured@0.75"]]
     assert record.tensors["ladder.0"].numel() == 4 * 8 * 2 // 8
-    for level in database.levels("head")[1:]:
-        alone = obs.prune(weight_of(model.head), database.hessian("head"), level.pattern)  # type: ignore[arg-type]
-        found = database.solution("head", level)
-        assert torch.equal(found.mask, alone.mask)
-        torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
+    for name, channels in (("mix", 4), ("head", 8)):
+        weight, hessian = weight_of(model.get_submodule(name)), database.hessian(name)
+        for level in database.levels(name)[1:]:
+            found, stored = database.solution(name, level), database.level_record(name, level)
+            alone = obs.prune(weight, hessian, level.pattern, channels=channels)  # type: ignore[arg-type]
+            assert torch.equal(found.mask, alone.mask)
+            assert stored.kept == int(alone.mask.sum())
+            if level.grid is None:
+                torch.testing.assert_close(found.weight, alone.weight, rtol=0, atol=1e-6)
+                assert stored.loss == pytest.approx(alone.loss, rel=1e-4)
+                assert stored.damping_loss == pytest.approx(alone.damping_loss, rel=1e-3)
+            else:
+                alone = obs.quantize(weight, hessian, level.grid, mask=alone.mask, channels=channels)
+                assert torch.equal(found.codes, alone.codes)  # type: ignore[arg-type]
+
+
+def test_a_layer_is_inverted_once_for_all_its_levels(
+    model: Any, statistics: Collect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    original = solve_module.prepare
+
+    def counted(weight: Tensor, *rest: Any) -> Any:
+        calls.append(weight.shape[-1])
+        return original(weight, *rest)
+
+    monkeypatch.setattr(solve_module, "prepare", counted)
+    levels = product([None, "2:4", "1:4", 0.5, Block(4, 0.5), Structured(0.5)], [(None, None), (8, 8), (4, 4)])
+    build_database(tmp_path, model, levels, statistics, layers=["mix", "head"])
+    assert calls == [36, 8]
 
 
 def test_masks_that_are_not_nested_are_stored_apart() -> None:

@@ -12,7 +12,7 @@ from lightning_obc import obs
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.block_sweep import block_members
 from lightning_obc.obs.prune import nm_groups
-from lightning_obc.obs.structured import structured_order
+from lightning_obc.obs.structured import eliminate_channels
 from lightning_obc.specs import NM
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ SWEEPS: dict[str, Callable[[obs.Problem], object]] = {
     "N:M": nm,
     "quantize": quantization,
     "blocks": blocks,
-    "structured": lambda problem: structured_order(problem, problem.weight.shape[-1], problem.weight.shape[-1] // 2),
+    "structured": lambda problem: eliminate_channels(problem, problem.weight.shape[-1], problem.weight.shape[-1] // 2),
 }
 
 
