@@ -26,12 +26,18 @@ from lightning_obc.files import write_whole
 from lightning_obc.specs import Block, Pattern, Structured, Unstructured
 
 SPARSITIES = tuple(1 - 0.8**step for step in range(1, 11))
-LAYERS = ((64, 64, 9), (128, 128, 9))
 KINDS: dict[str, Callable[[float], Pattern]] = {
     "unstructured": Unstructured,
     "blocks of 4": lambda sparsity: Block(4, sparsity),
     "structured": Structured,
 }
+# Rows, input channels, kernel positions.
+CASES = (
+    ((64, 64, 9), "unstructured"),
+    ((64, 64, 9), "blocks of 4"),
+    ((64, 64, 9), "structured"),
+    ((128, 128, 9), "structured"),
+)
 DAMPING = 0.01
 
 
@@ -90,13 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Levels of one layer: one elimination against one for each level",
         "",
         f"Machine: {describe()}.",
-        f"{len(SPARSITIES)} levels, densities 0.8, 0.64, … 0.107; both ways in turn, medians of {options.repeats}. Masks "
-        "equal, losses to 1e-4.",
+        f"{len(SPARSITIES)} levels, densities 0.8, 0.64, … 0.107; both ways in turn, medians of {options.repeats}. "
+        "Masks equal, losses to 1e-4.",
         "",
         "| layer | pattern | levels | together, s | apart, s | apart ÷ together |",
         "|---|---|---|---|---|---|",
     ]
-    lines += [compare(*shape, kind, options.repeats) for shape in LAYERS for kind in KINDS]
+    lines += [compare(*shape, kind, options.repeats) for shape, kind in CASES]
     page = "\n".join(lines) + "\n"
     write_whole(options.out / "levels.md", lambda target: target.write_text(page))
     print(page)
