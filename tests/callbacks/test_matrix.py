@@ -1,7 +1,7 @@
 """Optimizers × Trainer settings × kinds of stages: what is held is held after every single step.
 
-Every pair of an optimizer and a kind of stage is there, and every pair of a setting and a kind; the full product is
-not. Strategies of several processes have tests of their own.
+Every pair of an optimizer and a kind of stage is there, every pair of a setting and a kind, and every pair of an
+optimizer and a setting; the full product is not. Strategies of several processes have tests of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "clip": {"gradient_clip_val": 0.1},
     "bf16": {"precision": "bf16-mixed"},
     "bf16-true": {"precision": "bf16-true"},
+    # The Trainer neither accumulates nor clips in manual optimization.
     "manual": {},
+    "manual bf16": {"precision": "bf16-mixed"},
 }
 KINDS: dict[str, list[Any]] = {
     "gradual": [obc.Prune(0.6, at={"step": 2}, schedule=obc.Gradual(3, every=2, initial=0.2))],
@@ -39,16 +41,29 @@ KINDS: dict[str, list[Any]] = {
     "edges": [obc.Quantize(3, at={"step": 3}, edges=8, overrides={"fc": {"after": "train"}})],
 }
 NAMES = list(OPTIMIZERS)
-PAIRS = [(NAMES[i % 3], setting, kind) for kind in KINDS for i, setting in enumerate(SETTINGS)]
+PAIRS = [
+    (NAMES[(number + shift) % 3], setting, kind)
+    for shift, kind in enumerate(KINDS)
+    for number, setting in enumerate(SETTINGS)
+]
 
 
 class Held(Callback):
-    """After every batch: zeros of the masks, frozen weights bit for bit, trained weights on their grid."""
+    """Wherever others could look: zeros of the masks, frozen weights bit for bit, trained weights on their grid."""
 
     def __init__(self, callback: obc.OBCCallback) -> None:
         self.callback, self.seen, self.frozen = callback, 0, {}
 
+    def on_train_batch_start(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        self._look(pl_module)
+
     def on_train_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        self._look(pl_module)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: LightningModule, *args: Any) -> None:
+        self._look(pl_module)
+
+    def _look(self, pl_module: LightningModule) -> None:
         for name, layer in self.callback._state.held.layers.items():
             self.seen += 1
             module = pl_module.get_submodule(name)
@@ -68,7 +83,7 @@ class Held(Callback):
 
 @pytest.mark.parametrize(("optimizer", "setting", "kind"), PAIRS)
 def test_what_is_held_is_held_after_every_step(tmp_path: Path, optimizer: str, setting: str, kind: str) -> None:
-    module = (TwoOptimizers if setting == "manual" else Small)(**OPTIMIZERS[optimizer])
+    module = (TwoOptimizers if setting.startswith("manual") else Small)(**OPTIMIZERS[optimizer])
     callback = obc.OBCCallback(KINDS[kind], SPEC, verbose=False, save_checkpoint=False, compare=False)
     held = Held(callback)
     before: dict[str, Tensor] = {}
@@ -78,8 +93,8 @@ def test_what_is_held_is_held_after_every_step(tmp_path: Path, optimizer: str, s
             if trainer.current_epoch == 2:
                 before.update(weights(pl_module))
 
-    quiet_trainer(tmp_path, callback, held, Moves(), **SETTINGS[setting]).fit(module, loader(shuffle=False))
-    assert held.seen >= 10
+    quiet_trainer(tmp_path, callback, held, Moves(), **SETTINGS[setting]).fit(module, loader(shuffle=False), loader(1))
+    assert held.seen >= 20
     after = weights(module)
     frozen = {"freeze": {"conv.weight", "fc.weight"}, "edges": {"conv.weight"}}.get(kind, set())
     for name in ("conv.weight", "fc.weight", "fc.bias"):

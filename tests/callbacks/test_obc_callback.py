@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from small import Small, TwoOptimizers, is_two_four, levels, loader, quiet_trainer, same, weights
+from small import Small, is_two_four, levels, loader, quiet_trainer, same, weights
 
 import lightning_obc as obc
 from lightning_obc.callbacks import OBCCallback, compat
@@ -33,66 +33,10 @@ def make(*stages, **options) -> OBCCallback:
     return OBCCallback(list(stages), SPEC, **({"verbose": False, "save_checkpoint": False} | options))
 
 
-class Watch(Callback):
-    """Checks the 2:4 pattern at every point where someone else could look at the weights."""
-
-    def __init__(self, callback: OBCCallback, layers: tuple[str, ...] = ("conv", "fc")) -> None:
-        self.callback, self.layers, self.seen, self.moved = callback, layers, 0, False
-
-    def _look(self, module: Small) -> None:
-        if self.callback._state.timetable.done:
-            self.seen += 1
-            for name in self.layers:
-                weight = module.get_submodule(name).weight
-                assert is_two_four(weight), f"{name} lost its pattern"
-                assert not torch.signbit(weight[weight == 0]).any(), "a negative zero"
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self._look(pl_module)
-        self.before = pl_module.conv.weight.detach().clone()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self._look(pl_module)
-        self.moved |= not torch.equal(self.before, pl_module.conv.weight)
-
-    def on_validation_batch_end(self, trainer, pl_module, *args):
-        self._look(pl_module)
-
-
 def fit(module, callback, tmp_path, *more, data=None, **options) -> Trainer:
     trainer = quiet_trainer(tmp_path, callback, *more, **options)
     trainer.fit(module, data or loader(), loader(1, shuffle=False))
     return trainer
-
-
-OPTIMIZERS = {
-    "momentum": {"optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
-    "adam": {"optimizer": torch.optim.Adam, "lr": 0.01},
-    "adamw": {"optimizer": torch.optim.AdamW, "lr": 0.01, "weight_decay": 0.1},
-}
-TRAINERS = {
-    "plain": {},
-    "accumulate": {"accumulate_grad_batches": 2},
-    "clip": {"gradient_clip_val": 0.1},
-    "bf16": {"precision": "bf16-mixed"},
-    "bf16-true": {"precision": "bf16-true"},
-}
-
-
-# The Trainer neither accumulates nor clips in manual optimization.
-COMBINATIONS = [("one", trainer) for trainer in TRAINERS] + [("manual", "plain"), ("manual", "bf16")]
-
-
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize(("kind", "trainer"), COMBINATIONS)
-def test_zeros_hold_after_every_step(tmp_path, optimizer, trainer, kind):
-    module = (Small if kind == "one" else TwoOptimizers)(**OPTIMIZERS[optimizer])
-    callback = make(obc.Prune("2:4", at={"step": 5}))
-    watch = Watch(callback)
-    fit(module, callback, tmp_path, watch, **TRAINERS[trainer])
-    assert watch.seen > 10
-    assert watch.moved, "the other weights must go on training"
-    assert is_two_four(module.conv.weight)
 
 
 def test_stages_run_at_their_times(tmp_path):
