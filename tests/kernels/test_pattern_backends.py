@@ -38,7 +38,7 @@ by_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 @lru_cache
 def layer() -> tuple[Tensor, Tensor]:
-    """``[2, R, d]`` with zeros of all kinds (a row, a column, a channel, a block, a group, others), and ``[2, d, d]``."""
+    """``[2, R, d]`` with zeros of all kinds (a row, a column, a channel, a block, others), and ``[2, d, d]``."""
     columns, generator = CHANNELS * POSITIONS, torch.Generator().manual_seed(0)
     x = torch.randn(2, columns, columns, generator=generator, dtype=torch.float64)
     x = x @ torch.randn(2, columns, 2 * columns, generator=generator, dtype=torch.float64)
