@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_obc.errors import NotPositiveDefiniteError
-from lightning_obc.kernels.masked_refit import compiled, masked_refit
+from lightning_obc.kernels.masked_refit import masked_refit
+from lightning_obc.kernels.masked_refit.refit import refit_batched
 from lightning_obc.linalg import safe_inverse
 
 
@@ -85,28 +86,18 @@ def test_refit_refuses_an_indefinite_matrix() -> None:
         masked_refit(h, torch.ones(1, 1, 3), mask)
 
 
-@pytest.mark.parametrize("size", [1, 31, 32, 33, 100])
-def test_compiled_factors_solve_what_they_factored(size: int) -> None:
-    """Ragged sizes, padded rows, and a matrix that has no factor."""
-    matrices = torch.eye(2 * size).expand(3, -1, -1).clone()
-    wide = hessian(2, 2 * size, 8 * size).float()
-    unit = wide.diagonal(dim1=1, dim2=2).rsqrt()
-    matrices[:2] = wide * unit[:, :, None] * unit[:, None, :]
-    matrices[2, 0, 0] = -1
+@pytest.mark.parametrize("with_inverse", [False, True])
+@pytest.mark.parametrize("columns", [2, 31, 64, 100])
+def test_compiled_and_batched_agree(columns: int, with_inverse: bool) -> None:
+    """Ragged sizes, and more rows than share a product."""
+    result = safe_inverse(hessian(2, columns, 4 * columns), 1e-2)
     generator = torch.Generator().manual_seed(4)
-    picked = torch.stack([torch.randperm(2 * size, generator=generator)[:size].sort().values for _ in range(4)])
-    picked[3, 0] = 0
-    real = torch.ones_like(picked, dtype=torch.bool)
-    real[1, max(1, size - 3) :] = False
-    problem = torch.tensor([0, 1, 0, 2])
-    right = torch.randn(4, size, generator=generator) * real
-    solve, good = compiled.factorise(matrices, problem, picked, real)
-    assert good.tolist() == [True, True, True, False]
-    solution = solve(right)
-    for row in range(3):
-        columns = picked[row][real[row]]
-        product = matrices[problem[row]][columns][:, columns] @ solution[row][real[row]]
-        torch.testing.assert_close(product, right[row][real[row]], rtol=1e-4, atol=1e-5)
+    dense = torch.randn(2, 19, columns, generator=generator)
+    mask = torch.rand(2, 19, columns, generator=generator) < torch.rand(2, 19, 1, generator=generator)
+    inverse = result.inverse if with_inverse else None
+    compiled = masked_refit(result.damped_hessian, dense, mask, inverse=inverse)
+    batched = refit_batched(result.damped_hessian, dense, mask, inverse, 10**6)
+    torch.testing.assert_close(compiled, batched, rtol=1e-11, atol=1e-13)
 
 
 def test_same_result_whatever_the_threads() -> None:
@@ -122,4 +113,4 @@ def test_same_result_whatever_the_threads() -> None:
         together = masked_refit(result.damped_hessian, dense, mask)
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(alone, together, rtol=1e-12, atol=1e-14)
+    assert torch.equal(alone, together)

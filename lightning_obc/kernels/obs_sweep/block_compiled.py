@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_obc.kernels.host import filled, flat_rows, numpy_type
 from lightning_obc.kernels.obs_sweep import block_rows as kernel
 from lightning_obc.kernels.obs_sweep.block_state import (
     LANES,
@@ -19,7 +20,7 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     BlockScratch,
     teams,
 )
-from lightning_obc.kernels.obs_sweep.compiled import NARROW, NARROW_STEPS, STEPS, flat_rows, worn_ratio
+from lightning_obc.kernels.obs_sweep.compiled import NARROW, NARROW_STEPS, STEPS, worn_ratio
 from lightning_obc.kernels.obs_sweep.jit import aligned
 from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
 from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
@@ -40,10 +41,11 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
     """
     groups, rows, columns = problem.weight.shape
     blocks, size = members.shape
-    order = torch.full((groups, rows, blocks), -1, dtype=torch.int32)
-    losses = torch.zeros(groups, rows, blocks, dtype=problem.weight.dtype)
-    count = torch.zeros(groups, rows, dtype=torch.int32)
-    broken = torch.zeros(groups, rows, dtype=torch.bool)
+    device = problem.weight.device
+    order = filled((groups, rows, blocks), -1, torch.int32, device)
+    losses = filled((groups, rows, blocks), 0, problem.weight.dtype, device)
+    count = filled((groups, rows), 0, torch.int32, device)
+    broken = filled((groups, rows), 0, torch.bool, device)
     source = _problem(problem, members)
     result = BlockResult(flat_rows(order), flat_rows(losses), count.view(-1).numpy(), broken.view(-1).numpy())
     options = _options(problem.weight.dtype, rows, size)
@@ -56,7 +58,6 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
         return lambda first, last: kernel.sweep_rows(first, last, source, result, scratch, options)
 
     run_blocks(total, max(1, min(total // (4 * threads), 10**8 // columns**3)), threads, begin)
-    broken.logical_or_(~torch.isfinite(losses).all(-1))
     return SweepOutput(order, losses, count, broken)
 
 
@@ -70,12 +71,13 @@ def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
     real = column >= 0
     position = torch.zeros(columns, dtype=torch.int32)
     position[column[real]] = real.nonzero().flatten().to(torch.int32)
-    packed = np.empty((len(problem.inverse), packed_size(len(column))), flat_rows(problem.inverse).dtype)
-    spread = torch.eye(len(column), dtype=problem.inverse.dtype)
-    at = real.nonzero().flatten()
-    for g, inverse in enumerate(problem.inverse):
-        spread[at[:, None], at] = inverse[column[at][:, None], column[at]]
-        pack(spread.numpy(), packed[g])
+    packed = np.empty((len(problem.inverse), packed_size(len(column))), numpy_type(problem.inverse.dtype))
+    spread = np.eye(len(column), dtype=packed.dtype)
+    at = real.nonzero().flatten().numpy()
+    here, there = np.ix_(at, at), np.ix_(column.numpy()[at], column.numpy()[at])
+    for g, inverse in enumerate(problem.inverse.detach().numpy()):
+        spread[here] = inverse[there]
+        pack(spread, packed[g])
     zeros = np.zeros((0, columns), np.bool_) if problem.keep is None else flat_rows(~problem.keep)
     hessian = problem.hessian.detach().contiguous().numpy()
     lines = np.ascontiguousarray(members.numpy(), np.int32)
@@ -83,7 +85,7 @@ def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
 
 
 def _options(dtype: torch.dtype, rows: int, size: int) -> BlockOptions:
-    numpy_dtype = np.dtype(str(dtype).removeprefix("torch."))
+    numpy_dtype = numpy_type(dtype)
     scalar = numpy_dtype.type
     return BlockOptions(
         rows=rows,

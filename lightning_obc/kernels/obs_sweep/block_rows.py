@@ -24,7 +24,7 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     entry,
     slot,
 )
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, finite, source_digest
 from lightning_obc.kernels.obs_sweep.lanes import less_product, less_scaled, times_scaled
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
@@ -250,7 +250,8 @@ def _entry(digest: int) -> Callable[[int, int, BlockProblem, BlockResult, BlockS
         for row in range(first, last):
             done, broken = _sweep_row(row, p, out, s, o)
             out.steps[row] = done
-            out.broken[row] = broken
+            # A pivot that overflowed leaves its trace in the losses.
+            out.broken[row] = broken or not finite(out.losses[row])
 
     return cached(sweep_rows)
 

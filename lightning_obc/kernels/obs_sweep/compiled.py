@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from lightning_obc.kernels.host import flat_rows, numpy_type
 from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.jit import aligned
@@ -37,8 +37,6 @@ def sweep(plan: SweepPlan) -> SweepOutput:
         return lambda first, last: kernel.sweep_rows(first, last, problem, result, scratch, options)
 
     run_blocks(rows, block, threads, begin)
-    # A pivot that overflowed leaves its trace in the losses.
-    out.broken.logical_or_(~torch.isfinite(out.losses).all(-1))
     return out
 
 
@@ -65,11 +63,6 @@ def _problem(plan: SweepPlan) -> Problem:
     return Problem(flat_rows(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
 
 
-def flat_rows(tensor: Tensor) -> NDArray[Any]:
-    """``[…, d]`` as ``[P, d]``, without a copy where the tensor is contiguous."""
-    return tensor.detach().contiguous().reshape(-1, tensor.shape[-1]).numpy()
-
-
 def _groups(plan: SweepPlan) -> tuple[NDArray[np.int32], ...]:
     """Group of every column, columns sorted by group, where each group starts, and its quota."""
     if plan.groups is None:
@@ -88,7 +81,7 @@ def _result(out: SweepOutput, columns: int) -> Result:
 
 
 def _options(plan: SweepPlan) -> Options:
-    numpy_dtype = np.dtype(str(plan.problem.weight.dtype).removeprefix("torch."))
+    numpy_dtype = numpy_type(plan.problem.weight.dtype)
     scalar = numpy_dtype.type
     info = np.finfo(numpy_dtype)
     return Options(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import BackendError, NonFiniteError, ShapeError
+from lightning_obc.kernels.host import all_finite, all_positive, filled, zero_outside
 from lightning_obc.kernels.obs_sweep.types import GridInput, NMGroups, SweepInput, SweepOutput, SweepPlan
 from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import resolve_budget
@@ -138,7 +139,7 @@ def sweep_quantize(
     check_problem(problem)
     for name, value in (("scale", grid.scale), ("zero_point", grid.zero_point)):
         _check_like(f"grid.{name}", value, problem.weight, tuple(problem.weight.shape))
-    if not bool(((grid.scale > 0) & torch.isfinite(grid.scale) & torch.isfinite(grid.zero_point)).all()):
+    if not (all_finite(grid.scale) and all_positive(grid.scale) and all_finite(grid.zero_point)):
         raise NonFiniteError("A grid has a scale or zero point that is not possible", expected="finite, scale > 0")
     return _run(problem, None, grid, backend, memory_budget)
 
@@ -179,11 +180,11 @@ def empty_output(plan: SweepPlan) -> SweepOutput:
     groups, rows, columns = weight.shape
     shape, device = (groups, rows, plan.steps), weight.device
     return SweepOutput(
-        torch.full(shape, -1, dtype=torch.int32, device=device),
-        torch.zeros(shape, dtype=weight.dtype, device=device),
-        torch.zeros(shape[:2], dtype=torch.int32, device=device),
-        torch.zeros(shape[:2], dtype=torch.bool, device=device),
-        None if plan.grid is None else torch.zeros(groups, rows, columns, dtype=torch.uint8, device=device),
+        filled(shape, -1, torch.int32, device),
+        filled(shape, 0, weight.dtype, device),
+        filled(shape[:2], 0, torch.int32, device),
+        filled(shape[:2], 0, torch.bool, device),
+        None if plan.grid is None else filled((groups, rows, columns), 0, torch.uint8, device),
     )
 
 
@@ -211,14 +212,14 @@ def check_problem(problem: SweepInput) -> None:
     _check_like("hessian", problem.hessian, weight, (groups, columns, columns), torch.float64)
     if problem.keep is not None:
         _check_like("keep", problem.keep, weight, (groups, rows, columns), torch.bool)
-        if bool((weight.masked_fill(problem.keep, 0) != 0).any()):
+        if not zero_outside(weight, problem.keep):
             raise ShapeError(
                 "keep is False at weights that are not zero",
                 expected="weight == 0 wherever keep is False",
                 remedy="refit the weights on the mask first",
             )
     for name, value in (("weights", weight), ("inverse Hessian", problem.inverse)):
-        if not bool(torch.isfinite(value).all()):
+        if not all_finite(value):
             raise NonFiniteError(f"The {name} of a sweep hold NaN or Inf", expected="finite values")
 
 

@@ -45,6 +45,15 @@ def source_digest(*files: str) -> int:
     return total
 
 
+@numba.njit(**STRICT)
+def finite(values: NDArray[Any]) -> bool:
+    """True when a line holds neither NaN nor Inf."""
+    good = True
+    for k in range(len(values)):
+        good &= np.isfinite(values[k])
+    return good
+
+
 def _lower(typingctx, a, b):  # type: ignore[no-untyped-def]
     """The smaller of two numbers, neither of them NaN. Unlike ``min`` it does not keep loops from being vectorised."""
 

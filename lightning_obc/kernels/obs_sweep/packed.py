@@ -59,10 +59,15 @@ def panel_at(position: int, step: int, steps: int) -> int:
 def pack(matrix: Array, packed: Array) -> None:
     """Copy the upper triangle of ``[d, d]`` into its packed form; the padding becomes 0."""
     size = matrix.shape[0]
-    packed[:] = 0
-    for row in range(size):
-        for column in range(row, size):
-            packed[at(row, column)] = matrix[row, column]
+    for first in range(0, size, WIDTH):
+        count = min(WIDTH, size - first)
+        for row in range(first + WIDTH):
+            start = np.uint64(at(row, first))
+            inside = count if row < size else 0
+            for k in range(inside):
+                packed[start + np.uint64(k)] = matrix[row, first + k]
+            for k in range(inside, WIDTH):
+                packed[start + np.uint64(k)] = 0
 
 
 @_jit

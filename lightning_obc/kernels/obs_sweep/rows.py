@@ -15,7 +15,7 @@ import numba
 import numpy as np
 
 from lightning_obc.kernels.obs_sweep.choose import choose, score
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, source_digest
+from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, finite, source_digest
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     Array,
@@ -248,7 +248,8 @@ def _entry(digest: int) -> Callable[[int, int, Problem, Result, Scratch, Options
         for row in range(first, last):
             done, broken = _sweep_row(row, p, out, s, o)
             out.steps[row] = done
-            out.broken[row] = broken
+            # A pivot that overflowed leaves its trace in the losses.
+            out.broken[row] = broken or not finite(out.losses[row])
 
     return cached(sweep_rows)
 
