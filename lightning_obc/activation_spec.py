@@ -21,6 +21,9 @@ class ActivationGrid:
         range: ``"minmax"``, ``"mse"`` (the shrunk range of least error) or ``"percentile"``.
         percentile: Share of the values inside the range of ``"percentile"``, in percent; what is left out is split
             evenly between both ends.
+
+    Raises:
+        SpecError: A value that is unknown or out of range.
     """
 
     bits: int = 8

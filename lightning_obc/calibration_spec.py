@@ -52,6 +52,9 @@ class Calibration:
         positions: Use at most so many positions (of a feature map, or tokens) of every sample in one call of a layer,
             drawn at random, seeded by ``seed``. The products of large feature maps then cost less, and the Hessians
             and losses are unbiased estimates, and marked so. ``None`` uses all. Only for ``"independent"``.
+
+    Raises:
+        SpecError: A value that is unknown or out of range, or two that do not go together.
     """
 
     samples: int = 1024

@@ -34,6 +34,9 @@ class Correct(Stage):
         lr: Learning rate of tuning. ``None`` means 1e-5 for ``"global"`` and 1e-4 for ``"vectors"``.
         epochs: Most epochs of tuning. ``None`` means 100; it stops earlier when held-out batches stop improving.
         time_limit: Seconds after which tuning stops. ``None`` means no limit.
+
+    Raises:
+        SpecError: A value that is unknown or out of range, or that the method has no use for.
     """
 
     method: CorrectionMethod = "batch_norm"

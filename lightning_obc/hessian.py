@@ -26,6 +26,9 @@ class Hessian:
         estimate: True when positions were sub-sampled, so that losses are estimates.
         rows: ``[2, g, R]`` float64, how often each row of the weight is looked up in each half, of embeddings; None
             elsewhere. Row ``r`` then has a Hessian of its own, ``H + h_r I`` with ``h_r = 2 c_r / n``.
+
+    Raises:
+        ShapeError: The halves or the row counts have the wrong shape.
     """
 
     halves: Tensor
@@ -83,6 +86,7 @@ class Hessian:
         return min(self.samples) > 0
 
     def to(self, device: torch.device | str) -> Hessian:
+        """The same statistic on another device."""
         rows = None if self.rows is None else self.rows.to(device)
         return Hessian(self.halves.to(device), self.samples, self.estimate, rows)
 

@@ -32,6 +32,9 @@ class Unstructured(Pattern):
 
     Args:
         sparsity: Fraction of zeros in the layer, in [0, 1).
+
+    Raises:
+        SpecError: ``sparsity`` outside [0, 1).
     """
 
     sparsity: float
@@ -50,6 +53,9 @@ class NM(Pattern):
     Args:
         n: Weights kept of each group, 1 <= n < m.
         m: Size of a group.
+
+    Raises:
+        SpecError: ``n`` and ``m`` are no integers with 1 <= n < m.
     """
 
     n: int
@@ -80,6 +86,9 @@ class Block(Pattern):
     Args:
         size: Weights per block.
         sparsity: Fraction of blocks that become zero, in [0, 1).
+
+    Raises:
+        SpecError: ``size`` below 1, or ``sparsity`` outside [0, 1).
     """
 
     size: int = 4
@@ -100,6 +109,9 @@ class Structured(Pattern):
 
     Args:
         sparsity: Fraction of input channels that become zero, in [0, 1).
+
+    Raises:
+        SpecError: ``sparsity`` outside [0, 1).
     """
 
     sparsity: float = 0.5
@@ -155,6 +167,9 @@ class IntGrid:
         group_size: Input channels per group; needed by, and only by, ``granularity="group"``.
         scale: Range search: ``"minmax"``, ``"mse"`` (shrink factors, error norm 2.4) or ``"hessian"``
             (least squares refit of the scale under the layer's Hessian).
+
+    Raises:
+        SpecError: A value that is unknown or out of range, or a group size without groups.
     """
 
     bits: int = 4

@@ -28,6 +28,9 @@ class Plateau:
             runs it at its end. None: without a plateau the stage does not run, and a warning says so.
         nth: Tells plateaus of one metric apart: stages with ``nth=1``, then stages with ``nth=2`` wait for one plateau
             after the other.
+
+    Raises:
+        SpecError: A value that is unknown or out of range.
     """
 
     monitor: str
@@ -70,6 +73,9 @@ class Gradual:
         every: Epochs or optimizer steps (the unit of ``at``) from one pruning step to the next.
         initial: Sparsity after the first pruning step.
         curve: ``"cubic"`` or ``"linear"``.
+
+    Raises:
+        SpecError: A value that is unknown or out of range.
     """
 
     steps: int

@@ -25,6 +25,9 @@ class Refine:
             samples. Costs two more solves of the layer. Without both halves every refinement is kept.
         restart: Refine codes from other starts as well and let each row have the best end: the results of the other
             orders that ``order="auto"`` has tried, otherwise that of the activation order.
+
+    Raises:
+        SpecError: A number that is out of range.
     """
 
     sweeps: int = 10

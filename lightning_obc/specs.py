@@ -188,6 +188,9 @@ class Prune(Stage):
             counted.
         overrides: By name, glob or type name of layers: what is different there, as a :class:`PruneOverride` or a
             mapping of its fields, such as ``{"stem.*": {"pattern": 0.3}}``. Of several that match, later ones win.
+
+    Raises:
+        SpecError: A value that is unknown or out of range, or two that do not go together.
     """
 
     pattern: Union[str, float, NM, Pattern]
@@ -279,6 +282,9 @@ class Quantize(Stage):
         order: In which order OBS rounds the weights of a row: ``"greedy"``, the cheapest first (the paper),
             ``"activation"`` or ``"ascending"`` (one order of columns for all rows), or ``"auto"``: all three, and every
             row keeps the best.
+
+    Raises:
+        SpecError: A value that is unknown or out of range, or two that do not go together.
     """
 
     grid: Union[int, IntGrid] = field(default_factory=IntGrid)

@@ -129,6 +129,16 @@ def count_positions(
 
     Raises:
         LayerNotReachedError: The batch does not pass through a layer, unless ``skip_unreached`` leaves it out.
+
+    Args:
+        model: Run once, in evaluation mode; modes are as before afterwards.
+        layers: Layers to count, by name.
+        batch: One calibration batch.
+        forward: ``forward(model, batch)``; None means the default of calibration.
+        skip_unreached: Leave out layers that the batch does not reach, instead of raising.
+
+    Returns:
+        Uses per sample by layer name.
     """
     totals = dict.fromkeys(layers, 0.0)
     handles = []

@@ -158,6 +158,7 @@ class Database:
         return {name: dict(self.record(name).missing) for name in self.layers if self.record(name).missing}
 
     def level_record(self, layer: str, level: Level) -> LevelRecord:
+        """What is stored of a level's weights: mask or codes, and losses."""
         return self.record(layer).levels[level.weights.name]
 
     def sizes(self) -> dict[str, dict[str, LevelSize]]:

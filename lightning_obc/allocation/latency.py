@@ -33,6 +33,9 @@ class LatencyTable:
         seconds: ``{layer: {level: seconds}}``, by level names.
         overhead: Seconds of everything that is not in the table; part of the dense model's time and of every budget,
             as are the dense seconds of layers in the table that are not searched.
+
+    Raises:
+        SpecError: Times that are negative or not finite.
     """
 
     seconds: Mapping[str, Mapping[str, float]]

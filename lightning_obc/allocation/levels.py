@@ -22,6 +22,9 @@ class Level:
         pattern: Zeros of the weight; None keeps every weight.
         grid: Grid of the weight; None leaves it floating point.
         activations: Bits of the layer's input, 2 to 8; None leaves it floating point.
+
+    Raises:
+        SpecError: Bits that are out of range.
     """
 
     pattern: Pattern | None = None
@@ -153,12 +156,29 @@ def density_ladder(minimum: float, factor: float = LADDER_FACTOR) -> list[float]
 
 
 def unstructured_ladder(minimum: float = 0.01, factor: float = LADDER_FACTOR) -> list[Level]:
-    """Unstructured levels of :func:`density_ladder`, the dense one first."""
+    """Unstructured levels of :func:`density_ladder`, the dense one first.
+
+    Args:
+        minimum: Smallest density, in (0, 1).
+        factor: Density of a level over that of the one before, in (0, 1).
+
+    Raises:
+        SpecError: One of them is out of range.
+    """
     return [Level(), *(Level(Unstructured(1 - density)) for density in density_ladder(minimum, factor)[1:])]
 
 
 def block_ladder(size: int = 4, minimum: float = 0.05, factor: float = LADDER_FACTOR) -> list[Level]:
-    """Block levels of :func:`density_ladder`, the dense one first."""
+    """Block levels of :func:`density_ladder`, the dense one first.
+
+    Args:
+        size: Consecutive input channels of a block.
+        minimum: Smallest density, in (0, 1).
+        factor: Density of a level over that of the one before, in (0, 1).
+
+    Raises:
+        SpecError: One of them is out of range.
+    """
     return [Level(), *(Level(Block(size, 1 - density)) for density in density_ladder(minimum, factor)[1:])]
 
 

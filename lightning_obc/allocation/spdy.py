@@ -35,6 +35,9 @@ class SPDY:
         seed: Seed of the coefficients.
         prior: What the coefficients multiply: SPDY's ``"quadratic"`` scores in the rank of the cost, or the
             ``"scores"`` of the dynamic programme, so that the search sets out from that programme's profile.
+
+    Raises:
+        SpecError: A value that is unknown or out of range.
     """
 
     starts: int = 100

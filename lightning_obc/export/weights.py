@@ -30,6 +30,9 @@ class CompressedWeight:
         zero_point: ``[g, R, C]`` integers in ``0 .. 2**bits - 1``, in the dtype of ``scale``.
         bits: Bit width of the codes, 1 to 8.
         symmetric: True when the zero point is fixed in the middle of the codes.
+
+    Raises:
+        ShapeError: A tensor has the wrong shape or dtype.
     """
 
     mask: Tensor

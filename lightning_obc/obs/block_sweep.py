@@ -70,7 +70,15 @@ class BlockSweep:
         return heap_curve(self.losses.flatten(0, 1), int(self._fixed(self._padded()).sum()), points)
 
     def solution(self, sparsity: float, selection: Selection = "heap") -> LayerSolution:
-        """The layer with a share of its blocks gone: weights by an exact solve on the mask."""
+        """The layer with a share of its blocks gone: weights by an exact solve on the mask.
+
+        Args:
+            sparsity: Share of blocks that are gone, in [0, 1).
+            selection: How zeros spread over the rows: ``"heap"`` (the paper), ``"sorted"`` or ``"hull"``.
+
+        Raises:
+            SpecError: ``sparsity`` outside [0, 1).
+        """
         return solve_mask(self.problem, self.mask(sparsity, selection), self.backend, self.memory_budget)
 
 

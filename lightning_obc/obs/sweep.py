@@ -39,7 +39,15 @@ class Sweep:
     memory_budget: int | None = None
 
     def mask(self, sparsity: float, selection: Selection = "heap") -> Tensor:
-        """Keep-mask ``[g, R, d]`` of the layer at a sparsity; existing zeros stay zero."""
+        """Keep-mask ``[g, R, d]`` of the layer at a sparsity; existing zeros stay zero.
+
+        Args:
+            sparsity: Share of zeros, in [0, 1).
+            selection: How zeros spread over the rows: ``"heap"`` (the paper), ``"sorted"`` or ``"hull"``.
+
+        Raises:
+            SpecError: ``sparsity`` outside [0, 1).
+        """
         Unstructured(sparsity)
         columns = self.order.shape[-1]
         losses, order = self.losses.reshape(-1, columns), self.order.reshape(-1, columns)
@@ -56,7 +64,12 @@ class Sweep:
         return solve_mask(self.problem, self.mask(sparsity, selection), self.backend, self.memory_budget)
 
     def solutions(self, sparsities: Iterable[float], selection: Selection = "heap") -> list[LayerSolution]:
-        """Several levels from the one sweep."""
+        """Several levels from the one sweep.
+
+        Args:
+            sparsities: Shares of zeros, in [0, 1).
+            selection: How zeros spread over the rows: ``"heap"`` (the paper), ``"sorted"`` or ``"hull"``.
+        """
         return [self.solution(sparsity, selection) for sparsity in sparsities]
 
     def curve(self, points: int = POINTS) -> Curve:
