@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -72,8 +73,8 @@ def compare(rows: int, channels: int, positions: int, kind: str, repeats: int) -
     check(together(), levels, apart())
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        times[0].append(seconds(together))
-        times[1].append(seconds(apart))
+        times[0].append(seconds(together, time.process_time))
+        times[1].append(seconds(apart, time.process_time))
     one, each = (statistics.median(part) for part in times)
     return f"| {rows}×{channels * positions} | {kind} | {len(levels)} | {one:.3f} | {each:.3f} | {each / one:.1f} |"
 
@@ -96,8 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "# Levels of one layer: one elimination against one for each level",
         "",
         f"Machine: {describe()}.",
-        f"{len(SPARSITIES)} levels, densities 0.8, 0.64, … 0.107; both ways in turn, medians of {options.repeats}. "
-        "Masks equal, losses to 1e-4.",
+        f"{len(SPARSITIES)} levels, densities 0.8, 0.64, … 0.107; both ways in turn, medians of {options.repeats}, "
+        "in seconds of processor time. Masks equal, losses to 1e-4.",
         "",
         "| layer | pattern | levels | together, s | apart, s | apart ÷ together |",
         "|---|---|---|---|---|---|",

@@ -212,7 +212,7 @@ class _StageRun:
         except Exception as error:
             return self._kept(error, started)
         seconds = time.perf_counter() - started
-        return Outcome(solution, str(solution.status), seconds, None if start is None else start.inherited)
+        return Outcome(solution, solution.remarks, seconds, None if start is None else start.inherited)
 
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None

@@ -57,6 +57,11 @@ class Refinement:
     rows: float
     stopped: bool = False
 
+    def __str__(self) -> str:
+        seen = "" if self.held_out_gain is None else f", {100 * self.held_out_gain:.1f} % held out"
+        cut = " when its time was up" if self.stopped else ""
+        return f"refined: loss {100 * self.gain:.1f} % lower{seen}{cut}"
+
 
 @dataclass(frozen=True)
 class LayerSolution:
@@ -107,6 +112,11 @@ class LayerSolution:
     @property
     def sparsity(self) -> float:
         return 1.0 - self.mask.double().mean().item()
+
+    @property
+    def remarks(self) -> str:
+        """How it was solved, for people: the status, and what refinement brought."""
+        return str(self.status) if self.refinement is None else f"{self.status}; {self.refinement}"
 
     def marked(self, hessian: object) -> LayerSolution:
         """The same solution, marked as an estimate when it was solved for a statistic that is one."""

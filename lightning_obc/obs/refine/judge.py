@@ -36,20 +36,31 @@ class Deadline:
 
     Args:
         seconds: From now; None never ends.
+        whole: The deadline that this one is a share of.
+
+    Attributes:
+        hit: True once a path was cut short by it, or by a share of it.
     """
 
-    def __init__(self, seconds: float | None) -> None:
+    def __init__(self, seconds: float | None, whole: Deadline | None = None) -> None:
         self.end = None if seconds is None else time.monotonic() + seconds
-        self.hit = False
+        self.whole, self.hit = whole, False
 
     def passed(self) -> bool:
         """True from the deadline on; remembers that a path was cut short."""
-        self.hit = self.hit or (self.end is not None and time.monotonic() >= self.end)
-        return self.hit
+        over = self.end is not None and time.monotonic() >= self.end
+        if over:
+            self._note()
+        return over
+
+    def _note(self) -> None:
+        self.hit = True
+        if self.whole is not None:
+            self.whole._note()
 
     def share(self, parts: int) -> Deadline:
         """A deadline after ``1/parts`` of the time that is left."""
-        return Deadline(None if self.end is None else max(0.0, self.end - time.monotonic()) / parts)
+        return Deadline(None if self.end is None else max(0.0, self.end - time.monotonic()) / parts, self)
 
 
 @dataclass(frozen=True)
