@@ -85,3 +85,26 @@ def test_commands_name_what_exists() -> None:
     assert extra is not None
     # CI runs the same installation in a fresh environment.
     assert f".[{extra.group(1)}]" in (ROOT / ".ci" / "run").read_text()
+
+
+DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks" / "results").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: page.name)
+def test_links_and_named_files_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    links = [page.parent / link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    named = re.findall(r"\b(?:configs|examples|benchmarks|tests|docs|lightning_obc)/[\w/.-]*\.(?:py|yaml|md)\b", text)
+    # A file that a command writes when a GPU is there.
+    missing = {str(path) for path in [*links, *(ROOT / name for name in named)] if not path.exists()}
+    assert missing <= {str(ROOT / "benchmarks" / "results" / "gpu.md")}
+
+
+def test_subcommands_in_the_documents_exist() -> None:
+    from lightning_obc.cli.artifacts import _SUBCOMMANDS
+    from lightning_obc.cli.commands import OBCCLI
+
+    text = "\n".join(page.read_text() for page in DOCUMENTS)
+    used = set(re.findall(r"^lightning-obc (\w+)", text, flags=re.MULTILINE))
+    assert used <= set(OBCCLI.subcommands()) | set(_SUBCOMMANDS)
+    assert {"fit", "compress", "search", "apply", "export", "report", "benchmark"} <= used
