@@ -235,8 +235,8 @@ def report(stored: Mapping[str, Any], expected: int) -> str:
         f"in column order, and by magnitude or to the nearest above {stored['widest']} inputs.\n\n"
         f"{table(networks)}\n\n"
         '"no 2:4": the number of input channels is no multiple of four, and the layer is quantized only: '
-        f"{', '.join(skipped)}. The JSON file beside this one lists the solver, the time and the relative output error of "
-        "every layer.\n"
+        f"{', '.join(skipped)}. The JSON file beside this one lists the solver, the time and the relative output error "
+        "of every layer.\n"
     )
 
 

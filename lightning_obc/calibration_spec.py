@@ -42,9 +42,15 @@ class Calibration:
         device_memory: Bytes of the layers' device, such as a GPU, for the statistics that live at once. The others are
             kept in host memory and brought to the device for every update, with the same result. ``None`` keeps all
             on the device.
+        execution_device: Device that computes for a model that stays where it is: ``"cuda:0"``, or ``"auto"`` for the
+            accelerator of this machine, where there is one. The blocks of the model (elements of a ``Sequential`` or
+            ``ModuleList``) and other layers come to it one at a time, with their inputs, are calibrated and solved
+            there and go back: for models that are larger than a GPU. The result is that of the same device without.
+            ``device_memory`` then limits the weights of the block together with the statistics. ``None``: the device
+            that the model is on.
         cache: Bytes of host memory, as for ``memory``, in which ``"sequential"`` and ``"asymmetric"`` keep the outputs
             of blocks that are finished, so that a pass need not run through these again. The result is the same.
-            ``None`` keeps nothing.
+            ``None`` keeps nothing; with an ``execution_device``, where all modes keep outputs, as much as there is.
         pooled: Solve all groups of a grouped or depthwise convolution for one Hessian, the mean over its groups, which
             is known better from few samples, instead of each for its own. Losses are measured with their own.
         bias: Whenever layers have been compressed, shift their biases so that the means of their outputs are again
@@ -66,6 +72,7 @@ class Calibration:
     together: Together = "layer"
     memory: Union[int, str, None] = None
     device_memory: Union[int, str, None] = None
+    execution_device: Union[str, None] = None
     cache: Union[int, str, None] = None
     pooled: bool = False
     bias: bool = False
@@ -87,11 +94,21 @@ class Calibration:
         parse_bytes(self.memory)
         parse_bytes(self.device_memory, "device_memory")
         parse_bytes(self.cache, "cache")
-        if self.cache is not None and not self.paired:
+        self._check_device()
+        if self.cache is not None and not self.paired and self.execution_device is None:
             raise SpecError(
                 "Calibration.cache is for passes behind compressed layers",
                 got=f"cache={self.cache!r} with mode={self.mode!r}",
-                expected='mode="sequential" or "asymmetric"',
+                expected='mode="sequential" or "asymmetric", or an execution_device',
+            )
+
+    def _check_device(self) -> None:
+        name = self.execution_device
+        if name is not None and not (isinstance(name, str) and re.fullmatch(r"[a-z]+(:\d+)?", name)):
+            raise SpecError(
+                "Calibration.execution_device is no name of a device",
+                got=repr(name),
+                expected='a name such as "cuda:0", or "auto"',
             )
 
     def _check_mixing(self) -> None:

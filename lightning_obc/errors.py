@@ -110,6 +110,10 @@ class ExportError(OBCError, RuntimeError):
     """A model that cannot be exported as asked."""
 
 
+class DeviceMemoryError(OBCError, RuntimeError):
+    """A device without room for what must be on it at once."""
+
+
 class BudgetError(OBCError, ValueError):
     """A compression budget that cannot be met."""
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_obc.calibration import Collector, DenseWeights, batch_size_of
+from lightning_obc.calibration import Collector, DenseWeights, batch_size_of, execution_device
 from lightning_obc.errors import LayerNotFoundError
 from lightning_obc.layers import adapter_for, is_lookup, select_layers, unsupported_layers
 from lightning_obc.layerwise import reached_edges
@@ -67,6 +67,7 @@ class StageForecast:
             ],
             "skipped": dict(self.plan.skipped),
             "passes": [[layer.name for layer in part] for part in self.plan.passes],
+            "device": [asdict(need) | {"layers": list(need.layers)} for need in self.plan.needs],
             "statistics_bytes": self.plan.statistics_bytes,
             "flops": self.flops,
             "solve_seconds": self.solve_seconds,
@@ -135,15 +136,16 @@ def plan(
     edges = None if probe is None else reached_edges(model, stages, lambda: Collector(model, probe, spec, forward))
     check_schedule(model, stages, edges)
     plans = [plan_stage(model, stage, spec, edges) for stage in stages]
-    times = _measured(model, plans)
+    times = _measured(model, plans, spec)
     forecasts = [_forecast(model, found, batch, spec, forward, times) for found in plans]
     speeds = {time.stage.backend: speed for time in times.values() if (speed := time.flops_per_second) is not None}
     return Plan(forecasts, _left_dense(model, plans), speeds)
 
 
-def _measured(model: nn.Module, plans: Sequence[StagePlan]) -> dict[str, SolveTime]:
+def _measured(model: nn.Module, plans: Sequence[StagePlan], spec: Calibration) -> dict[str, SolveTime]:
     """Times of the stages of all layers, each kind of stage measured once."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = execution_device(spec.execution_device)
+    device = device or next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     layers = [layer for found in plans for layer in found.layers]
     looked_up = {_kind(layer.stage) for layer in layers if is_lookup(layer.module)}
     kinds = {_kind(layer.stage): layer.stage for layer in layers if isinstance(layer.stage, (Prune, Quantize))}
@@ -184,14 +186,15 @@ def _calibration_seconds(
     model: nn.Module, plan: StagePlan, batch: Any, spec: Calibration, forward: Forward | None
 ) -> float:
     collect = Collector(model, [batch], replace(spec, rounds=1), forward)
-    collect.order(plan.modules)  # Also warms up what the first forward pass prepares.
-    started = time.perf_counter()
-    for part in plan.passes:
-        modules = {layer.name: layer.module for layer in part}
-        if spec.paired:
-            collect.paired(modules, DenseWeights())
-        else:
-            collect(modules)
+    with collect.executing():
+        collect.order(plan.modules)  # Also warms up what the first forward pass prepares.
+        started = time.perf_counter()
+        for part in plan.passes:
+            modules = {layer.name: layer.module for layer in part}
+            if spec.paired:
+                collect.paired(modules, DenseWeights())
+            else:
+                collect(modules)
     batches = math.ceil(spec.samples / max(1, batch_size_of(batch)))
     return (time.perf_counter() - started) * batches * spec.rounds
 

@@ -6,11 +6,12 @@ What one stage does is in :mod:`lightning_obc.stage_run`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, get_args
 
 from torch import nn
 
-from lightning_obc.calibration import Collector, calibration_batches
+from lightning_obc.calibration import Collector, calibration_batches, offloading
 from lightning_obc.correction import CorrectionReport, dense_references, run_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.distributed import Ranks, SingleProcess, all_or_none
@@ -18,7 +19,7 @@ from lightning_obc.errors import OBCError, SpecError
 from lightning_obc.files import PathLike
 from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import reached_edges
-from lightning_obc.planning import check_schedule, plan_stage
+from lightning_obc.planning import check_execution, check_schedule, plan_stage
 from lightning_obc.report import CompressionReport, StageReport, weight_samples
 from lightning_obc.report.progress import shown
 from lightning_obc.specs import Calibration, Stage
@@ -108,6 +109,7 @@ def compress(
         SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
             by the stage concerned.
         FingerprintError: The store holds layers of another model, recipe or calibration.
+        DeviceMemoryError: A block of the model does not fit ``calibration.execution_device``.
         RankError: The ranks hold different models, or one of them failed.
     """
     stages = _checked_recipe(stages, on_failure)
@@ -115,6 +117,7 @@ def compress(
     source = calibration_batches(batches, spec)
     edges = reached_edges(model, stages, lambda: Collector(model, source, spec, forward))
     check_schedule(model, stages, edges)
+    check_execution(model, stages, spec)
     plans = [str(plan_stage(model, stage, spec, edges)) for stage in stages]
     samples = weight_samples(model)
     solved = None if store is None else SolutionStore(store)
@@ -122,7 +125,10 @@ def compress(
     reports: list[StageReport] = []
     corrections: list[CorrectionReport] = []
     team = ranks or SingleProcess()
-    with shown(progress if team.rank == 0 else False) as report_progress, all_or_none(team):
+    with ExitStack() as stack:
+        report_progress = stack.enter_context(shown(progress if team.rank == 0 else False))
+        stack.enter_context(all_or_none(team))
+        offload = stack.enter_context(offloading(model, spec))
         begin_together(model, team)
         shared: dict[str, Any] = {"forward": forward, "progress": report_progress, "ranks": team}
         dense = dense_references(model, stages, source, **shared)
@@ -132,7 +138,7 @@ def compress(
                 corrections.append(correct_after(model, stage, source, reports, **options))
                 continue
 
-            collect = Collector(model, source, spec, forward, report_progress, team)
+            collect = Collector(model, source, spec, forward, report_progress, team, offload=offload)
             found = plan_stage(model, stage, spec, edges)
             kept = None if solved is None else solved.stage(index)
             how: dict[str, Any] = {"on_failure": on_failure, "progress": report_progress, "store": kept, "plan": found}

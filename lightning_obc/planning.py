@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration import on_host, statistic_bytes
+from lightning_obc.calibration import DeviceNeed, device_needs, offload_of, on_host, statistic_bytes
 from lightning_obc.correction import check_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import (
@@ -20,7 +20,15 @@ from lightning_obc.errors import (
     SpecError,
     UnsupportedLayerError,
 )
-from lightning_obc.layers import LayerAdapter, ProblemShape, adapter_for, blocks_of, is_lookup, reason_unsupported
+from lightning_obc.layers import (
+    LayerAdapter,
+    ProblemShape,
+    adapter_for,
+    block_of,
+    blocks_of,
+    is_lookup,
+    reason_unsupported,
+)
 from lightning_obc.layerwise import Edges, differences, layer_stages, stage_layers
 from lightning_obc.obs.prune import check_fit
 from lightning_obc.obs.speed import sweep_flops
@@ -58,6 +66,8 @@ class StagePlan:
         skipped: Layers that it will leave as they are, with the reason.
         calibration: How its statistics will be collected.
         blocks: Names of the layers by block of the network.
+        outside: Names of the layers outside of all blocks.
+        needs: What every calibration pass takes of another device than the model's, where there is one.
     """
 
     stage: Stage
@@ -65,6 +75,8 @@ class StagePlan:
     skipped: dict[str, str]
     calibration: Calibration = field(default_factory=Calibration)
     blocks: Sequence[Sequence[str]] = ()
+    outside: Collection[str] = ()
+    needs: Sequence[DeviceNeed] = ()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -83,7 +95,11 @@ class StagePlan:
     @property
     def passes(self) -> list[list[LayerPlan]]:
         """Layers whose statistics are collected in one pass over the calibration data."""
-        return [part for group in self.together for part in within_memory(group, self.calibration)]
+        spec = self.calibration
+        if spec.execution_device is None:
+            return [part for group in self.together for part in within_memory(group, spec)]
+        chunks = [chunk for group in self.together for chunk in by_block(group, self.blocks, self.outside)]
+        return [part for chunk in chunks for part in within_memory(chunk, spec)]
 
     @property
     def statistics_bytes(self) -> int:
@@ -97,8 +113,12 @@ class StagePlan:
         """Layers whose statistics live in host memory while they are collected."""
         return {
             name
-            for part in self.passes
-            for name in on_host({layer.name: layer.shape for layer in part}, self.calibration)
+            for index, part in enumerate(self.passes)
+            for name in on_host(
+                {layer.name: layer.shape for layer in part},
+                self.calibration,
+                self.needs[index].weights if self.needs else 0,
+            )
         }
 
     def __str__(self) -> str:
@@ -126,7 +146,8 @@ class StagePlan:
 
     def _notes(self) -> list[str]:
         spec, limit = self.calibration, self.calibration.memory_bytes
-        if not spec.paired and not spec.bias and limit is None and spec.device_memory is None:
+        plain = not spec.paired and not spec.bias and spec.device_memory is None and not self.needs
+        if plain and limit is None:
             return []
         how = f"{spec.mode}, {len(self.passes)} calibration passes"
         if spec.paired:
@@ -137,6 +158,13 @@ class StagePlan:
             how += f", outputs of finished blocks kept in {spec.cache} of host memory"
         if spec.bias:
             how += ", biases corrected after each group"
+        if self.needs:
+            most = max(self.needs, key=lambda need: need.total)
+            how += (
+                f", one block after the other on {spec.execution_device}: at most {_mib(most.total)} of its memory and "
+                f"the activations of a batch (for {', '.join(most.layers)}: weights {_mib(most.weights)}, "
+                f"statistics {_mib(most.statistics)}, solving {_mib(most.solving)})"
+            )
         notes = [f"calibration: {how}, at most {self.statistics_bytes / 2**20:.2f} MiB of statistics at once"]
         large = [
             layer.name
@@ -160,6 +188,31 @@ def grouped(layers: Sequence[LayerPlan], spec: Calibration, blocks: Sequence[Seq
         return [[layer] for layer in layers]
     by_name = {layer.name: layer for layer in layers}
     return [[by_name[name] for name in block] for block in blocks]
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"
+
+
+def by_block(
+    layers: Sequence[LayerPlan], blocks: Sequence[Sequence[str]], outside: Collection[str]
+) -> list[list[LayerPlan]]:
+    """The layers of every block apart; those outside of all blocks go with the next block behind them.
+
+    Args:
+        layers: The layers.
+        blocks: Names by block of the network, in the order of the blocks.
+        outside: Names of the layers outside of all blocks.
+    """
+    by_name = {layer.name: layer for layer in layers}
+    chunks: list[list[LayerPlan]] = []
+    waiting: list[LayerPlan] = []
+    for block in blocks:
+        waiting += [by_name[name] for name in block if name in by_name]
+        if waiting and block[0] not in outside:
+            chunks.append(waiting)
+            waiting = []
+    return [*chunks, waiting] if waiting else chunks
 
 
 def within_memory(layers: Sequence[LayerPlan], spec: Calibration) -> list[list[LayerPlan]]:
@@ -198,6 +251,7 @@ def plan_stage(
         LayerNotFoundError: A name, glob or type, or an override, that matches nothing.
         PatternError: A pattern that does not fit a layer, with ``misfit="error"``; every such layer is named.
         NonFiniteError: NaN or Inf in a weight.
+        DeviceMemoryError: A block that does not fit the device that it would be brought to.
     """
     if isinstance(stage, Correct):
         check_correction(model, stage)
@@ -230,8 +284,29 @@ def plan_stage(
             remedy="choose other layers, another pattern or misfit",
         )
     _check_weights(layers)
-    blocks = blocks_of(model, [layer.name for layer in layers])
-    return StagePlan(stage, layers, skipped, calibration or Calibration(), blocks)
+    names = [layer.name for layer in layers]
+    found = StagePlan(stage, layers, skipped, calibration or Calibration(), blocks_of(model, names))
+    if found.calibration.execution_device is None:
+        return found
+    found = replace(found, outside=frozenset(name for name in names if block_of(model, name) is None))
+    passes = [{layer.name: layer.module for layer in part} for part in found.passes]
+    return replace(found, needs=device_needs(model, passes, found.calibration))
+
+
+def check_execution(model: nn.Module, stages: Sequence[Stage], spec: Calibration) -> None:
+    """Refuse what needs the whole model on ``spec.execution_device`` at once.
+
+    Raises:
+        SpecError: Global tuning of a model whose blocks are brought there one at a time; or there is no such device.
+    """
+    tuned = [stage for stage in stages if isinstance(stage, Correct) and stage.method == "global"]
+    if tuned and offload_of(model, spec) is not None:
+        raise SpecError(
+            f"{tuned[0]} trains the whole model at once",
+            got=f"execution_device={spec.execution_device!r} for a model in host memory",
+            expected="a model that is on the device that computes",
+            remedy="use another correction, or run this one without an execution_device afterwards",
+        )
 
 
 def _check_weights(layers: Sequence[LayerPlan]) -> None:

@@ -26,10 +26,12 @@ from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.layers import adapter_for, blocks_of
 from lightning_obc.obs import LayerSolution
+from lightning_obc.obs.parts import solution_on
 from lightning_obc.obs.recentre import Recentred, against_before, recentre
 from lightning_obc.planning import (
     LayerPlan,
     StagePlan,
+    by_block,
     grouped,
     plan_stage,
     weight_matrix,
@@ -95,8 +97,7 @@ def run_stage(
             run.solve(group)
             run.apply_(group)
             run.correct_(group)
-            if isinstance(collect, Collector):
-                collect.advance([layer.name for later in groups[index + 1 :] for layer in later])
+            run.advance(groups[index + 1 :])
         solutions = {x.name: found for x in plan.layers if (found := run.outcomes[x.name].solution) is not None}
         solved = {x.name: (x.module, x.stage) for x in plan.layers if x.name in solutions}
         inputs = quantize_stage_inputs(model, solved, collect)
@@ -130,24 +131,38 @@ class _StageRun:
         self.total, self.done = sum(layer.sweep_flops for layer in plan.layers), 0.0
         self.samples = 0
         self.recentred: set[str] = set()
+        self.blocks: Sequence[Sequence[str]] = ()
+        self.device = collect.offload.device if isinstance(collect, Collector) and collect.offload else None
         self.means = self._means()
 
     def groups(self) -> list[list[LayerPlan]]:
         """Layers that are compressed at once, in the order in which batches reach them."""
         layers = {layer.name: layer for layer in self.plan.layers}
-        if not self.spec.paired:
+        if not self.spec.paired and self.device is None:
             return [list(layers.values())]
-        for layer in layers.values():
+        for layer in layers.values() if self.spec.paired else ():
             check_comparable(layer.module)
         assert isinstance(self.collect, Collector)
         order = self.collect.order(self.plan.modules)
         self.collect.keep_blocks({name: layers[name].module for name in order})
-        return grouped([layers[name] for name in order], self.spec, blocks_of(self.model, order))
+        self.blocks = blocks_of(self.model, order)
+        return grouped([layers[name] for name in order], self.spec, self.blocks)
+
+    def advance(self, left: Sequence[Sequence[LayerPlan]]) -> None:
+        """Tell the calibration which groups or parts of them are still to come."""
+        if isinstance(self.collect, Collector):
+            self.collect.advance([layer.name for group in left for layer in group], self.dense)
 
     def solve(self, group: Sequence[LayerPlan]) -> None:
         self.recentred = self._recentred(group)
-        for part in within_memory(group, self.spec):
-            self._solve_part(part)
+        chunks = [list(group)]
+        if isinstance(self.collect, Collector) and self.collect.by_block:
+            chunks = by_block(group, self.blocks, self.plan.outside)
+        for index, chunk in enumerate(chunks):
+            for part in within_memory(chunk, self.spec):
+                self._solve_part(part)
+            if later := chunks[index + 1 :]:
+                self.advance(later)
 
     def _solve_part(self, part: Sequence[LayerPlan]) -> None:
         """Layers whose statistics are collected in one pass; the ranks share them."""
@@ -197,7 +212,9 @@ class _StageRun:
         return dict(found)
 
     def _solved(self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian) -> Outcome:
-        started, start = time.perf_counter(), None
+        started, start, home = time.perf_counter(), None, weight.device
+        # Where the statistic is; a model whose blocks are brought there for the calibration is on the host again.
+        weight = weight if self.device is None else weight.to(self.device)
         mixing = self.spec.recentring if layer.name in self.recentred else 0.0
         problem = LayerProblem(layer.name, layer.stage, weight, statistic, mixing, self._pooled(layer))
         # Outside of what may fail: progress that belongs to another run must not be mixed into this one.
@@ -211,6 +228,8 @@ class _StageRun:
                     self.store.save(problem, solution)
         except Exception as error:
             return self._kept(error, started)
+        if self.device is not None:
+            solution = solution_on(solution, home)
         seconds = time.perf_counter() - started
         return Outcome(solution, solution.remarks, seconds, None if start is None else start.inherited)
 

@@ -131,6 +131,13 @@ def search(
             expected='mode="independent"',
             remedy="correct the stitched model instead, with correct=",
         )
+    if spec.execution_device is not None:
+        raise SpecError(
+            "A search measures the whole model again and again",
+            got=f"execution_device={spec.execution_device!r}",
+            expected="a model that is on the device that computes",
+            remedy="leave Calibration.execution_device out",
+        )
     source = calibration_batches(batches, spec)
     wanted = list(levels) if levels is not None else default_levels(cost)
     with shown(progress) as report, _dense_afterwards(model) as cleanup:

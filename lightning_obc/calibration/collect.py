@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,6 +14,8 @@ from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import eager_forward as eager_forward
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.isolation import undisturbed as undisturbed
+from lightning_obc.calibration.offload import Offload, staying
+from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.source import numbered_part
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange, is_sharded
@@ -38,6 +41,8 @@ def collect_hessians(
     owners: Mapping[str, int] | None = None,
     positions: int | None = None,
     seed: int = 0,
+    offload: Offload | None = None,
+    replay: Replay | None = None,
 ) -> dict[str, Hessian]:
     """Hessians ``2 X Xᵀ / n`` of layers, from the inputs that calibration batches give them (paper, section 3).
 
@@ -67,6 +72,8 @@ def collect_hessians(
         positions: Positions (of a feature map, or tokens) of every sample that are used in one call of a layer, at
             most, drawn at random; the statistic is then an unbiased estimate. None uses all.
         seed: Seed of these draws.
+        offload: What brings the model's blocks to another device, which then holds the statistics.
+        replay: Spares the batches the blocks that are finished.
 
     Returns:
         One statistic per layer that this rank owns, on the device of the layer's weight, or in host memory. ``samples``
@@ -78,8 +85,10 @@ def collect_hessians(
         LayerNotReachedError: No batch passed through some layer.
         NonFiniteError: NaN or Inf in the input of a layer.
     """
-    run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
+    run, lookups = batch_runner(model, forward, device, offload), looked_up(model, layers)
     drawing: dict[str, Any] = {"positions": positions, "seed": seed}
+    if offload is not None:
+        drawing["device"] = offload.device
     gathering = Gathering(
         {
             name: HessianAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host, **drawing)
@@ -89,9 +98,10 @@ def collect_hessians(
     )
     gathering.in_step = any(map(is_sharded, model.parameters()))
     inputs = LayerInputs(layers, gathering.update)
-    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model):
+    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model), staying(offload, layers):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
-            with inputs.one_batch():
+            spared = nullcontext() if replay is None else replay.running("before", done, list(layers))
+            with spared, inputs.one_batch():
                 run(batch)
             gathering.check_finite()
             if progress is not None:
@@ -102,12 +112,20 @@ def collect_hessians(
 
 
 def batch_runner(
-    model: nn.Module, forward: Forward | None, device: torch.device | str | None = None
+    model: nn.Module,
+    forward: Forward | None,
+    device: torch.device | str | None = None,
+    offload: Offload | None = None,
 ) -> Callable[[Any], Any]:
     """A function that sends one batch through the model, as :func:`collect_hessians` describes."""
     target = torch.device(device) if device is not None else None if forward else _device_of(model)
     run = forward or call_forward
-    return lambda batch: run(model, batch if target is None else to_device(batch, target))
+
+    def run_one(batch: Any) -> Any:
+        with nullcontext() if offload is None else offload.one_batch():
+            return run(model, batch if target is None else to_device(batch, target))
+
+    return run_one
 
 
 class Gathering(Generic[Accumulator]):

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration.collect import Forward, Progress, batch_runner, collect_hessians, not_reached
+from lightning_obc.calibration.collect import Forward, Gathering, Progress, batch_runner, collect_hessians, not_reached
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.memory import on_host
+from lightning_obc.calibration.offload import Offload, offloading, staying, unit_bytes
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
+from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.source import own_part
 from lightning_obc.distributed import Ranks, SingleProcess, exchange, is_sharded
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, OBCError
@@ -37,6 +41,7 @@ class Collector:
         ranks: Processes that share the batches.
         passes: Passes so far.
         replay: Outputs of finished blocks, where they are kept.
+        offload: What brings the model's blocks to another device, where they stay on the host.
     """
 
     model: nn.Module
@@ -47,11 +52,21 @@ class Collector:
     ranks: Ranks = field(default_factory=SingleProcess)
     passes: int = 0
     replay: Replay | None = None
+    offload: Offload | None = None
+
+    @contextmanager
+    def executing(self) -> Iterator[Offload | None]:
+        """Inside, passes compute on the execution device of the calibration, block by block."""
+        with offloading(self.model, self.spec) as self.offload:
+            try:
+                yield self.offload
+            finally:
+                self.offload = self.replay = None
 
     def __call__(self, layers: Mapping[str, nn.Module], owners: Mapping[str, int] | None = None) -> dict[str, Hessian]:
         """Hessians of layers, as :func:`~lightning_obc.calibration.collect_hessians`."""
         options = self._options | {"on_host": self._on_host(layers), "owners": owners}
-        options |= {"positions": self.spec.positions, "seed": self.spec.seed}
+        options |= {"positions": self.spec.positions, "seed": self.spec.seed, "replay": self.replay}
         return self._counted(lambda batches: collect_hessians(self.model, layers, batches, **options))
 
     def paired(
@@ -69,18 +84,48 @@ class Collector:
     def keep_blocks(self, layers: Mapping[str, nn.Module]) -> None:
         """From now on, keep the outputs of finished blocks; ``layers`` in the order in which batches reach them."""
         limit = self.spec.cache_bytes
-        if limit is None:
+        if limit is None and self.offload is None:
             return
         batch = self._counted(lambda batches: next(iter(batches)))
-        self.replay = Replay(self.model, layers, batch_runner(self.model, self.forward), limit, batch)
+        run = batch_runner(self.model, self.forward, offload=self.offload)
+        kept = math.inf if limit is None else limit
+        steady = not self.spec.paired or self.spec.together == "all"
+        self.replay = Replay(self.model, layers, run, kept, batch, steady=steady, offload=self.offload)
 
-    def advance(self, left: Sequence[str]) -> None:
-        """Say which layers are still to be compressed; after the last one, what was kept is forgotten."""
+    @property
+    def by_block(self) -> bool:
+        """True when a pass for one block costs that block alone, on all ranks."""
+        mine = self.offload is not None and self.replay is not None and self.replay.fit
+        return all(exchange(self.ranks, mine))
+
+    def advance(self, left: Sequence[str], dense: DenseWeights | None = None) -> None:
+        """Say which layers are still to be compressed; after the last one, what was kept is forgotten.
+
+        Args:
+            left: Names of these layers.
+            dense: The weights of what has been compressed so far.
+        """
         if self.replay is None:
             return
         self.replay.advance(left)
         if not left:
             self.replay.release()
+        elif self.offload is not None and self.replay.unkept("before", 1):
+            self._counted(lambda batches: self._keep_outputs(batches, dense or DenseWeights()))
+
+    def _keep_outputs(self, batches: Iterable[Any], dense: DenseWeights) -> None:
+        """Run finished blocks once more, alone: otherwise they would be brought again for every batch of a pass."""
+        assert self.replay is not None
+        run = batch_runner(self.model, self.forward, offload=self.offload)
+        streams = ("before", "behind") if self.spec.paired else ("before",)
+        with traceless(self.model), staying(self.offload, self.replay.unkept("before", 1)):
+            for done, batch in enumerate(Gathering({}, self.ranks).numbered(batches, self.spec.rounds), start=1):
+                for stream in streams:
+                    if not (layers := self.replay.unkept(stream, done)):
+                        continue
+                    weights = dense.restored() if stream == "before" else nullcontext()
+                    with weights, preserved_rng(), self.replay.running(stream, done, list(layers)):
+                        run(batch)
 
     def order(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers in the order in which batches reach them; no more batches are run than that takes.
@@ -88,12 +133,12 @@ class Collector:
         Raises:
             LayerNotReachedError: No batch passes through some of them.
         """
-        mine = self._counted(lambda batches: _order(self.model, layers, batches, self.forward))
+        mine = self._counted(lambda batches: _order(self.model, layers, batches, self._run))
         return exchange(self.ranks, mine)[0]
 
     def reached(self, layers: Mapping[str, nn.Module]) -> list[str]:
         """Names of the layers that the first batch reaches, in the order in which it does."""
-        found = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+        found = self._counted(lambda batches: _first_batch(self.model, layers, batches, self._run))
         return [name for name, inputs in found.items() if inputs]
 
     def fed_from_outside(self, layers: Mapping[str, nn.Module]) -> set[str]:
@@ -104,10 +149,10 @@ class Collector:
         weights = DenseWeights()
         for module in layers.values():
             weights.keep(module)
-        before = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+        before = self._counted(lambda batches: _first_batch(self.model, layers, batches, self._run))
         try:
             weights.disturb_()
-            after = self._counted(lambda batches: _first_batch(self.model, layers, batches, self.forward))
+            after = self._counted(lambda batches: _first_batch(self.model, layers, batches, self._run))
         finally:
             weights.put_back_()
         mine = {name for name in layers if _equal(before[name], after[name])}
@@ -126,11 +171,14 @@ class Collector:
     @property
     def _options(self) -> dict[str, Any]:
         shared = {"rounds": self.spec.rounds, "progress": self.progress, "ranks": self.ranks}
-        return {"forward": self.forward, **shared}
+        return {"forward": self.forward, "offload": self.offload, **shared}
+
+    def _run(self, batch: Any) -> Any:
+        return batch_runner(self.model, self.forward, offload=self.offload)(batch)
 
     def _on_host(self, layers: Mapping[str, nn.Module]) -> set[str]:
         shapes = {name: adapter.shape(module) for name, module in layers.items() if (adapter := adapter_for(module))}
-        return on_host(shapes, self.spec)
+        return on_host(shapes, self.spec, 0 if self.offload is None else unit_bytes(self.model, layers))
 
     def _counted(self, run: Callable[[Iterable[Any]], Any]) -> Any:
         self.passes += 1
@@ -148,10 +196,10 @@ class Collector:
 
 
 def _order(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]
 ) -> list[str]:
     seen: dict[str, None] = {}
-    run, inputs = batch_runner(model, forward), LayerInputs(layers, lambda name, module, x: seen.setdefault(name))
+    inputs = LayerInputs(layers, lambda name, module, x: seen.setdefault(name))
     empty = True
     with traceless(model), inputs.watched(model):
         for batch in batches:
@@ -166,7 +214,7 @@ def _order(
 
 
 def _first_batch(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], forward: Forward | None
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any], run: Callable[[Any], Any]
 ) -> dict[str, list[Tensor]]:
     """Inputs of the layers on the first batch, none of those that it misses."""
     seen: dict[str, list[Tensor]] = {}
@@ -174,7 +222,7 @@ def _first_batch(
     def receive(name: str, module: nn.Module, x: Tensor) -> None:
         seen.setdefault(name, []).append(x.clone())
 
-    run, inputs = batch_runner(model, forward), LayerInputs(layers, receive)
+    inputs = LayerInputs(layers, receive)
     with traceless(model), inputs.watched(model), inputs.one_batch():
         for batch in batches:
             run(batch)

@@ -18,14 +18,15 @@ def statistic_bytes(shape: ProblemShape, paired: bool) -> int:
     return (4 if paired else 2) * half_bytes(shape)
 
 
-def on_host(shapes: Mapping[str, ProblemShape], spec: Calibration) -> set[str]:
+def on_host(shapes: Mapping[str, ProblemShape], spec: Calibration, taken: int = 0) -> set[str]:
     """Names of the layers of one pass whose statistics live in host memory, so that the others fit ``device_memory``.
 
-    The largest that fit stay. As soon as one does not, room for the largest working copy is set aside.
+    The largest that fit stay. As soon as one does not, room for the largest working copy is set aside. ``taken`` bytes
+    of the device are in use for something else.
     """
-    limit = spec.device_bytes
-    if limit is None:
+    if spec.device_bytes is None:
         return set()
+    limit = spec.device_bytes - taken
     order = sorted(shapes, key=lambda name: -half_bytes(shapes[name]))
     away = _without_room(order, shapes, spec.paired, limit)
     while away:

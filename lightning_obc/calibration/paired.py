@@ -13,6 +13,7 @@ from lightning_obc.calibration.collect import Forward, Gathering, Progress, batc
 from lightning_obc.calibration.dense import DenseWeights
 from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.offload import Offload, staying
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.rng import preserved_rng
 from lightning_obc.calibration.statistic import HessianAccumulator
@@ -61,6 +62,7 @@ class PairedAccumulator(HessianAccumulator):
                 'proposals, or use Calibration(mode="independent")',
             )
         module = self._module if module is None else module
+        x, before = self._at_sums(x), self._at_sums(before)
         self.update(x, module)
         adapter = self._adapter_of(module)
         if adapter.lookup:
@@ -123,6 +125,7 @@ def collect_paired(
     unfit: dict[str, OBCError] | None = None,
     ranks: Ranks | None = None,
     owners: Mapping[str, int] | None = None,
+    offload: Offload | None = None,
 ) -> dict[str, PairedHessian]:
     """Statistics of layers in a model that is compressed in part.
 
@@ -144,16 +147,18 @@ def collect_paired(
         unfit: Receives the errors of single layers, by name, and the pass goes on without these. None raises them.
         ranks: Processes that share the batches.
         owners: The rank that gets the statistic of a layer.
+        offload: What brings the model's blocks to another device, which then holds the statistics.
 
     Raises:
         ShapeError: The input of a layer changes its shape when earlier layers are compressed.
         LayerNotReachedError: A layer is called more or less often when earlier layers are compressed.
         UnsupportedLayerError: An embedding looks up other rows when earlier layers are compressed.
     """
-    run, lookups = batch_runner(model, forward, device), looked_up(model, layers)
+    run, lookups = batch_runner(model, forward, device, offload), looked_up(model, layers)
+    home = None if offload is None else offload.device
     gathering = _Pairs(
         {
-            name: PairedAccumulator(module, name=name, lookup=name in lookups, on_host=name in on_host)
+            name: PairedAccumulator(module, name=name, device=home, lookup=name in lookups, on_host=name in on_host)
             for name, module in layers.items()
         },
         unfit,
@@ -164,7 +169,7 @@ def collect_paired(
     def spared(stream: str, batch: int) -> AbstractContextManager[None]:
         return nullcontext() if replay is None else replay.running(stream, batch, list(layers))
 
-    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model):
+    with all_or_none(gathering.ranks), traceless(model), inputs.watched(model), staying(offload, layers):
         for done, batch in enumerate(gathering.numbered(batches, rounds), start=1):
             gathering.recording = True
             with dense.restored(), preserved_rng(), spared("before", done), inputs.one_batch():

@@ -6,7 +6,7 @@ A pass for one block then costs that block instead of the whole network. The cod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.offload import Offload
 from lightning_obc.calibration.rng import RandomState
-from lightning_obc.layers import block_of
+from lightning_obc.layers import adapter_for, block_of
 
 Run = Callable[[Any], Any]
 
@@ -60,6 +61,7 @@ class _Probe:
 
     outputs: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, list[Any]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
     unfit: bool = False
 
 
@@ -75,27 +77,44 @@ class Replay:
         run: Runs one batch.
         limit: Bytes of host memory; batches whose outputs do not fit run through all blocks.
         batch: One batch; it is run to see how the blocks depend on each other.
+        steady: No weights change between the passes: what a block returns in the last pass for its layers is final.
+        offload: What brings blocks to another device; those whose outputs are kept need not come.
 
     Attributes:
+        fit: Whether outputs can be kept for this model.
         size: Bytes that are kept now.
         most: Most bytes that were kept at once.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], run: Run, limit: int, batch: Any) -> None:
-        self._model, self._layers, self._run, self._limit = model, layers, run, limit
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        run: Run,
+        limit: float,
+        batch: Any,
+        *,
+        steady: bool = False,
+        offload: Offload | None = None,
+    ) -> None:
+        self._model, self._run, self._limit, self._steady = model, run, limit, steady
+        self._layers, self._offload = layers, offload
         found = {name: block_of(model, name) for name in layers}
         self._home = {name: block[0] for name, block in found.items() if block is not None}
         self._blocks = dict(block for block in found.values() if block is not None)
         self._finished: list[str] = []
+        self._open, self._full = list(layers), set[tuple[str, int]]()
         self._kept: dict[tuple[str, int], dict[str, Any]] = {}
         self.size = self.most = 0
         probe = self._probed(batch, {})
+        self.fit = not probe.unfit
         self._blocks = {} if probe.unfit else {name: self._blocks[name] for name in probe.outputs}
+        self._calls = [] if probe.unfit else probe.calls
         self._alone = {name for name in self._blocks if self._hides_earlier(batch, probe, name)}
 
     def advance(self, left: Sequence[str]) -> None:
         """Say which layers are still to be compressed: blocks in front of the first of them are finished."""
-        order = list(self._layers)
+        order, self._open = list(self._layers), list(left)
         first = min((order.index(name) for name in left), default=len(order))
         still_open = {self._home.get(name) for name in order[first:]}
         self._finished = [name for name in self._blocks if name not in still_open]
@@ -103,11 +122,12 @@ class Replay:
     def release(self) -> None:
         """Forget all outputs."""
         self._kept.clear()
+        self._full.clear()
         self.size, self._finished = 0, []
 
     @contextmanager
     def running(self, stream: str, batch: int, layers: Sequence[str]) -> Iterator[None]:
-        """Around the forward pass of a batch; it ends behind the block of ``layers`` when they all lie in one.
+        """Around the forward pass of a batch; it ends behind the last block or layer that the pass is for.
 
         Args:
             stream: Which weights are in the model, ``"before"`` or ``"behind"``.
@@ -116,18 +136,44 @@ class Replay:
         """
         key = (stream, batch)
         kept = self._kept.get(key, {})
-        homes = {self._home.get(name) for name in layers}
+        closing = self._closing(layers) - set(kept)
         with ExitStack() as stack:
             for name in self._finished:
                 module = self._blocks[name]
                 if name in kept:
-                    stack.enter_context(_replaced(module, kept[name]))
+                    stack.enter_context(self._replaced(module, kept[name]))
                 else:
-                    stack.callback(module.register_forward_hook(self._keeper(key, name)).remove)
-            if len(homes) == 1 and (home := homes.pop()) in self._blocks:
-                stack.callback(self._blocks[home or ""].register_forward_hook(_stop).remove)
+                    closing.add(name)
+            for name in closing:
+                stack.callback(self._blocks[name].register_forward_hook(self._keeper(key, name)).remove)
+            if (last := self._last(layers)) is not None:
+                stack.callback(last.register_forward_hook(_stop).remove)
             stack.enter_context(suppress(_Enough))
             yield
+
+    def unkept(self, stream: str, batch: int) -> dict[str, nn.Module]:
+        """Layers of finished blocks whose outputs could be kept, and are not."""
+        key = (stream, batch)
+        names = set() if key in self._full else set(self._finished) - set(self._kept.get(key, {}))
+        return {name: layer for name, layer in self._layers.items() if self._home.get(name) in names}
+
+    def _closing(self, layers: Sequence[str]) -> set[str]:
+        """Blocks whose last pass this is, where no weight changes any more."""
+        if not self._steady:
+            return set()
+        later = {self._home.get(name) for name in self._open if name not in layers}
+        return {self._home[name] for name in layers if name in self._home} & set(self._blocks) - later
+
+    def _last(self, layers: Sequence[str]) -> nn.Module | None:
+        """The module behind which a pass for these layers may end: the last of their calls, as the probe shows."""
+        names = {self._home.get(name, name) for name in layers}
+        if not names or any(self._calls.count(name) != 1 for name in names):
+            return None
+        name = max(names, key=self._calls.index)
+        if name in self._blocks:
+            return self._blocks[name]
+        adapter = adapter_for(self._layers[name])
+        return None if adapter is None else adapter.owner(self._layers[name])
 
     def _keeper(self, key: tuple[str, int], name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -138,8 +184,15 @@ class Replay:
             if size <= self._limit:
                 self._kept[key] = after
                 self.size, self.most = size, max(self.most, size)
+            else:
+                self._full.add(key)
 
         return keep
+
+    @contextmanager
+    def _replaced(self, module: nn.Module, output: Any) -> Iterator[None]:
+        with nullcontext() if self._offload is None else self._offload.left_out(module), _replaced(module, output):
+            yield
 
     def _probed(self, batch: Any, replaced: Mapping[str, Any]) -> _Probe:
         """Run one batch, with some blocks replaced by what they returned."""
@@ -149,6 +202,7 @@ class Replay:
             home = self._home.get(name, "")
             probe.unfit |= home != running[0]
             if not home:
+                probe.calls.append(name)
                 probe.inputs.setdefault(name, []).append(x.clone())
 
         inputs = LayerInputs(self._layers, receive)
@@ -157,7 +211,7 @@ class Replay:
                 stack.enter_context(context)
             for name, module in self._blocks.items():
                 if name in replaced:
-                    stack.enter_context(_replaced(module, replaced[name]))
+                    stack.enter_context(self._replaced(module, replaced[name]))
                 before, behind = _recorders(name, probe, running)
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
                 stack.callback(module.register_forward_hook(behind).remove)
@@ -183,6 +237,7 @@ def _recorders(name: str, probe: _Probe, running: list[str]) -> tuple[Callable[.
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         probe.unfit |= name in probe.inputs or bool(running[0])
         probe.inputs[name] = [x.clone() if isinstance(x, Tensor) else x for x in tree_flatten((args, kwargs))[0]]
+        probe.calls.append(name)
         running[0] = name
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:

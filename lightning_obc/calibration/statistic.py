@@ -110,7 +110,7 @@ class HessianAccumulator:
             UnsupportedLayerError: The other module sees the weight as a problem of another shape.
         """
         module = self._module if module is None else module
-        adapter, x = self._adapter_of(module), self._without_padding(x, module)
+        adapter, x = self._adapter_of(module), self._without_padding(self._at_sums(x), module)
         leading, size = x.shape[0], self._batch_size
         if size > 0 and leading % size == 0:
             by_sample = x.reshape(size, leading // size, *x.shape[1:])
@@ -120,6 +120,10 @@ class HessianAccumulator:
                     self._add_(adapter, module, parity, part.flatten(0, 1), part.shape[0])
         else:
             self._add_(adapter, module, self.batch_index % 2, x, size)
+
+    def _at_sums(self, x: Tensor) -> Tensor:
+        """Inputs are elsewhere only for layers on the host of a model whose blocks are brought to another device."""
+        return x if self._on_host else x.to(self.sums.device)
 
     def _add_(self, adapter: LayerAdapter, module: nn.Module, half: int, x: Tensor, samples: int) -> None:
         if not adapter.lookup:

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -293,6 +294,21 @@ def check_strategy(trainer: Trainer) -> None:
             got=f"{type(strategy).__name__}{_why_not(strategy)}",
             expected='a single device, "ddp", or ModelParallelStrategy with fully_shard',
             remedy='Trainer(strategy="ddp"), or compress the trained checkpoint on one device',
+        )
+
+
+def check_precision(trainer: Trainer, offloaded: bool) -> None:
+    """Refuse autocast for blocks that compute on another device than the Trainer's: it would not reach them.
+
+    Raises:
+        StrategyError: Mixed precision, and blocks that are brought to an execution device.
+    """
+    if offloaded and isinstance(trainer.precision_plugin, MixedPrecision):
+        raise StrategyError(
+            "Mixed precision holds for the Trainer's own device only",
+            got=f"precision={trainer.precision!r} with Calibration.execution_device",
+            expected='precision="32-true" or another true precision',
+            remedy="leave Calibration.execution_device out, or change the Trainer's precision",
         )
 
 

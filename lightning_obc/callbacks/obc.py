@@ -50,7 +50,7 @@ from lightning_obc.correction import DenseReference
 from lightning_obc.correction_spec import Correct
 from lightning_obc.layerwise import Edges
 from lightning_obc.pipeline import correct_after
-from lightning_obc.planning import plan_stage
+from lightning_obc.planning import check_execution, plan_stage
 from lightning_obc.report import CompressionReport
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
@@ -302,12 +302,15 @@ class OBCCallback(Callback):
             if not self._state.timetable.started:
                 self._account.open(trainer, module, self._state, compare=self.compare)
             collect = collector(trainer, module, self.calibration, display)
+            check_execution(module, list(stages.values()), self.calibration)
             if not fitting:
                 self._edges = edges(trainer, module, self.calibration, list(stages.values()))
-            dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
+            with collect.executing():
+                dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
             for index, stage in stages.items():
                 figures: dict[str, float] = {}
-                with whole_or_not(module, stage, self.calibration), self._state.whole_or_not():
+                whole = whole_or_not(module, stage, self.calibration)
+                with whole, self._state.whole_or_not(), collect.executing():
                     if isinstance(stage, Correct):
                         self._correct(module, stage, collect, dense[index])
                     else:

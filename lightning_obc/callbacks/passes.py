@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_obc.activations import attach, attached, detach, quantizes_inputs
-from lightning_obc.calibration import Collector, calibration_batches, call_forward
+from lightning_obc.calibration import Collector, calibration_batches, call_forward, offload_of
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.held import is_computed
@@ -25,7 +25,7 @@ from lightning_obc.distributed import all_or_none, exchange, is_sharded
 from lightning_obc.errors import ExportError, ScheduleError, StrategyError, UnsupportedLayerError
 from lightning_obc.layers import LayerPart, select_layers
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
-from lightning_obc.planning import check_schedule, plan_stage
+from lightning_obc.planning import check_execution, check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Stage
 from lightning_obc.team import begin_together
 
@@ -55,8 +55,10 @@ def checked_plans(
         return
     check_schedule(module, stages, edges)
     check_sharded(module, stages, callback.calibration)
+    check_execution(module, stages, callback.calibration)
+    compat.check_precision(trainer, offload_of(module, callback.calibration) is not None)
     for stage in stages:
-        plan_stage(module, stage, edges=edges)
+        plan_stage(module, stage, callback.calibration, edges)
     _check_holdable(module, stages, edges)
     mine = _layers(module, stages, edges)
     for other in compat.callbacks(trainer):
@@ -194,6 +196,7 @@ def collector(trainer: Trainer, module: LightningModule, spec: Calibration, disp
         with trainer.precision_plugin.forward_context():
             return call_forward(model, batch)
 
+    compat.check_precision(trainer, offload_of(module, spec) is not None)
     batches = calibration_batches(compat.calibration_source(trainer), spec)
     return Collector(module, batches, spec, forward=forward, progress=display.update, ranks=compat.ranks(trainer))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
-from lightning_obc.layers.blocks import block_of, blocks_of
+from lightning_obc.layers.blocks import block_of, blocks_of, modules_outside_blocks
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 from lightning_obc.layers.registry import (
     adapter_for,
@@ -25,6 +25,7 @@ __all__ = [
     "block_of",
     "blocks_of",
     "is_lookup",
+    "modules_outside_blocks",
     "normalise_name",
     "parts_of",
     "reason_unsupported",

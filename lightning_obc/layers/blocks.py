@@ -37,6 +37,23 @@ def block_of(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
     return (block, modules[block]) if inside and block in modules else None
 
 
+def modules_outside_blocks(model: nn.Module) -> list[nn.Module]:
+    """The model itself and all modules inside it, from outside to inside, that are neither blocks nor inside of one."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, in_container: bool) -> None:
+        inner = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        container = type(inner) in _CONTAINERS
+        if in_container and not container:
+            return
+        found.extend([module] if inner is module else [module, inner])
+        for child in inner.children():
+            visit(child, container)
+
+    visit(model, False)
+    return found
+
+
 def _block_of(modules: dict[str, nn.Module], name: str) -> str:
     parts = name.split(".")
     for depth in range(len(parts)):

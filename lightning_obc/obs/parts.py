@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -55,6 +55,11 @@ def solution_from_parts(
         refinement=refinement,
         curve=tuple((share, loss) for share, loss in scalars.get("curve", ())),
     )
+
+
+def solution_on(solution: LayerSolution, device: torch.device) -> LayerSolution:
+    """The same solution on a device."""
+    return replace(solution_from_parts(*solution_parts(solution), device), curve=solution.curve)
 
 
 def _rebuilt(kind: type[Any], values: Mapping[str, Any]) -> Any:
