@@ -2,8 +2,8 @@
 
 Removing block ``B`` of a row costs ``½ w_Bᵀ (G_BB)⁻¹ w_B = ½ |z|²``, with ``z = L⁻¹ w_B`` and ``G_BB = L Lᵀ``; with the
 columns ``V = G[:, B] L⁻ᵀ`` the others move by ``-V z`` and ``G -= V Vᵀ``. Diagonal blocks of ``G`` are kept current,
-its rest once a panel. ``numba`` is the CPU default (:mod:`.block_compiled`) and restarts rows whose pivots have worn
-out; the panels of batched torch here do not, so they want float64.
+its rest once a panel. ``numba`` is the CPU default (:mod:`.block_compiled`); it and ``triton`` restart rows whose pivots
+have worn out; the panels of batched torch here do not, so they want float64.
 
 Index legend: ``P`` rows in flight, ``b`` blocks alive, ``c`` columns per block, ``M = b·c``.
 """
@@ -24,6 +24,8 @@ from lightning_obc.linalg import resolve_budget
 
 PANEL = 16
 _UNROLLED = 8
+# A thread holds one block's part of ``G`` in its registers.
+LARGEST_TRITON_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,13 @@ class ColumnBlocks:
 
 
 def block_backend(backend: str, device_type: str, size: int) -> str:
-    """What sweeps blocks of ``size`` columns when ``backend`` is asked for: ``"naive"``, ``"torch"`` or ``"numba"``.
+    """What sweeps blocks of ``size`` columns when ``backend`` is asked for.
 
     Raises:
-        BackendError: ``"triton"``, which has no blocks, or a backend that cannot run there.
+        BackendError: ``"triton"`` for blocks of more than 16, or a backend that cannot run there.
     """
-    name = resolve_among(backend, device_type, ("naive", "torch", "numba"), f"blocks of {size}")
+    allowed = ("naive", "torch", "numba", "triton") if size <= LARGEST_TRITON_BLOCK else ("naive", "torch", "numba")
+    name = resolve_among(backend, device_type, allowed, f"blocks of {size}")
     if name == "numba":
         from lightning_obc.kernels.obs_sweep.block_compiled import LARGEST_BLOCK
 
@@ -95,6 +98,10 @@ def _sweep_rows(shared: Tensors, by_row: Tensors, options: Mapping[str, Any]) ->
         from lightning_obc.kernels.obs_sweep import block_compiled
 
         return block_compiled.sweep(problem, blocks.members, budget).tensors()
+    if options["backend"] == "triton":
+        from lightning_obc.kernels.obs_sweep import triton_backend
+
+        return triton_backend.sweep_blocks(problem, blocks.members, budget).tensors()
     groups, rows, _ = problem.weight.shape
     index = torch.arange(groups * rows, device=problem.weight.device)
     if options["backend"] == "naive":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from lightning_obc.kernels.hessian_update.precision import exact_products
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.triton_chunk import Job, Tuning, bytes_per_row, run
 from lightning_obc.kernels.obs_sweep.triton_kernels import BROKEN, WORN, Lines, panel_kernel
-from lightning_obc.kernels.obs_sweep.triton_start import fresh, restarted, take_zeros
+from lightning_obc.kernels.obs_sweep.triton_start import fresh, in_block_order, restarted, take_zeros
 from lightning_obc.kernels.obs_sweep.types import NMGroups, SweepOutput, SweepPlan, cheaper_to_invert
 
 log = logging.getLogger(__name__)
@@ -41,11 +42,29 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
         torch.OutOfMemoryError: One row alone does not fit.
     """
     out = empty_output(plan)
-    device = plan.problem.weight.device
-    total = out.count.numel()
-    job = _job(plan, out, default_tuning(total, plan.problem.weight.element_size()) if tuning is None else tuning)
-    size = rows_per_chunk(plan, job.tuning)
-    start, warned = 0, False
+    _run(_job(plan, out, tuning), out)
+    return out
+
+
+def sweep_blocks(problem: SweepInput, members: Tensor, memory_budget: int, tuning: Tuning | None = None) -> SweepOutput:
+    """Eliminate all blocks of every row, as :func:`sweep` does columns.
+
+    Args:
+        problem: Checked.
+        members: ``[n, c]`` int64, columns of every block, -1 where a block is short.
+        memory_budget: Bytes of working memory above inputs and outputs. One row at a time is always allowed.
+        tuning: Launch parameters; None takes the default.
+    """
+    plan = SweepPlan(in_block_order(problem, members), None, None, len(members), memory_budget)
+    out = empty_output(plan)
+    _run(replace(_job(plan, out, tuning), block=members.shape[1]), out)
+    return out
+
+
+def _run(job: Job, out: SweepOutput) -> None:
+    """Sweep all rows, in smaller chunks where memory runs out."""
+    device, total = out.count.device, out.count.numel()
+    size, start, warned = rows_per_chunk(job), 0, False
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(exact_products(device.type))
@@ -63,17 +82,15 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
                 log.warning("Out of device memory with %d rows in flight; going on with %d", len(rows), size)
             warned = True
     out.broken.logical_or_(~torch.isfinite(out.losses).all(-1))
-    return out
 
 
-def rows_per_chunk(plan: SweepPlan, tuning: Tuning) -> int:
+def rows_per_chunk(job: Job) -> int:
     """Rows whose working memory fits three quarters of the budget; the rest is for restarts in float64."""
-    groups, rows, columns = plan.problem.weight.shape
-    each = bytes_per_row(columns, tuning.panel(columns), plan.problem.weight.element_size())
-    return max(1, min(groups * rows, plan.memory_budget * 3 // 4 // each))
+    groups, rows, _ = job.plan.problem.weight.shape
+    return max(1, min(groups * rows, job.plan.memory_budget * 3 // 4 // bytes_per_row(job)))
 
 
-def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning) -> Job:
+def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning | None) -> Job:
     problem, grid, groups = plan.problem, plan.grid, plan.groups
 
     def lines(tensor: Tensor | None) -> Tensor | None:
@@ -92,7 +109,7 @@ def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning) -> Job:
             done=out.count.view(-1),
             codes=None if out.codes is None else out.codes.flatten(0, 1),
         ),
-        tuning,
+        default_tuning(out.count.numel(), problem.weight.element_size()) if tuning is None else tuning,
         *_closing_bound(groups, keep is not None),
     )
 
@@ -122,7 +139,11 @@ def _sweep_rows(job: Job, out: SweepOutput, rows: Tensor) -> None:
     """The only waits for the device are here, one when all panels are queued, and in restarts."""
     lines = job.lines
     lines.order[rows], lines.losses[rows], lines.done[rows] = -1, 0, 0
-    if lines.keep is not None and cheaper_to_invert(job.columns, int((lines.keep[rows] == 0).sum(1).min())):
+    if lines.keep is None:
+        chunk = fresh(job, rows)
+    elif job.block is not None:
+        chunk = restarted(job, rows)
+    elif cheaper_to_invert(job.columns, int((lines.keep[rows] == 0).sum(1).min())):
         take_zeros(job, rows)
         chunk = restarted(job, rows)
     else:

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from lightning_obc.kernels.obs_sweep.triton_block_kernels import BlockSizes, block_panel_kernel
 from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Sizes, Working, panel_kernel
 from lightning_obc.kernels.obs_sweep.triton_move import move_kernel
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepPlan
@@ -29,7 +30,7 @@ class Tuning:
         columns: Most slots of a tile; a power of two.
         depth: Earlier columns of a panel that are loaded at a time.
         lines: Lines of ``G`` that a program of the compaction moves.
-        steps: Most eliminations of a panel.
+        steps: Most columns of a panel.
     """
 
     rows: int = 1
@@ -46,8 +47,12 @@ class Tuning:
         """16 bytes per thread: the sum over a panel's earlier columns then stays within a thread."""
         return max(1, self.tile(size) * itemsize // 512)
 
+    def places(self, size: int, itemsize: int) -> int:
+        """Blocks of a tile: one per thread."""
+        return max(1, self.tile(size) * itemsize // 16)
+
     def panel(self, size: int) -> int:
-        """Steps of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow ones cheap."""
+        """Columns of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow ones cheap."""
         return min(self.steps, size, 128 if size > 1536 else 64 if size > 512 else 32)
 
 
@@ -61,17 +66,28 @@ class Job:
         tuning: Launch parameters.
         slack: Steps that a fresh row's groups can swallow without one of them closing.
         extra: Columns that leave, not eliminated, with each step after those.
+        block: ``c`` of a sweep over blocks of that many consecutive columns; None when single columns leave.
     """
 
     plan: SweepPlan
     lines: Lines
     tuning: Tuning
-    slack: int
-    extra: int
+    slack: int = 0
+    extra: int = 0
+    block: int | None = None
 
     @property
     def columns(self) -> int:
         return self.plan.problem.weight.shape[2]
+
+    @property
+    def each(self) -> int:
+        """Columns eliminated by a step."""
+        return self.block or 1
+
+    def panel(self, size: int) -> int:
+        """Steps of a panel that starts with ``size`` slots."""
+        return max(1, self.tuning.panel(size) // self.each)
 
 
 @dataclass
@@ -111,33 +127,36 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def bytes_per_row(columns: int, steps: int, itemsize: int) -> int:
+def bytes_per_row(job: Job) -> int:
     """Working memory of one row in flight: its ``G``, its panel, and vectors of state and of compaction indices."""
-    width = aligned(columns)
-    return itemsize * (width * width + steps * width + 4 * width) + 80 * width
+    width, steps = aligned(job.columns), job.panel(job.columns) * job.each
+    vectors = steps + 4 + job.each
+    return job.plan.problem.weight.element_size() * width * (width + vectors) + 80 * width
 
 
 def run(job: Job, chunk: Chunk) -> None:
     """Eliminate until every row has ended, broken or worn out. Queues work; waits for nothing."""
     while chunk.size > 0 and chunk.remaining > 0:
-        steps = min(job.tuning.panel(chunk.size), chunk.remaining)
-        _launch_panel(job, chunk, steps)
+        steps = min(job.panel(chunk.size), chunk.remaining)
+        if job.block is None:
+            _launch_panel(job, chunk, steps)
+        else:
+            _launch_block_panel(job, chunk, steps, job.block)
         chunk.remaining -= steps
         chunk.made += steps
         # Groups can swallow ``slack`` steps without closing; every later step closes one and takes ``extra`` more.
         closing = max(0, steps - chunk.slack)
         chunk.slack = max(0, chunk.slack - steps)
-        smaller = chunk.size - steps - closing * chunk.extra
+        smaller = chunk.size - steps * job.each - closing * chunk.extra
         if smaller <= 0 or chunk.remaining == 0:
             return
-        _compact(job, chunk, smaller, steps)
-        _flush(chunk, steps)
+        _compact(job, chunk, smaller, steps * job.each)
+        _flush(chunk, steps * job.each)
 
 
 def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
     plan, tuning, working = job.plan, job.tuning, chunk.working
     dtype = working.weight.dtype
-    worn = WORN_FLOAT32 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
     sizes = Sizes(
         stride=chunk.matrix.stride(0),
         line=chunk.matrix.stride(1),
@@ -158,7 +177,7 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
         chunk.made,
         MAX_CODE=0 if plan.grid is None else plan.grid.max_code,
         FAR=0.5 * (1 + OUTLIER_TOLERANCE),
-        WORN_RATIO=worn,
+        WORN_RATIO=_worn_ratio(dtype),
         ROWS=tuning.rows,
         COLS=tuning.tile(chunk.size),
         DEPTH=tuning.depth,
@@ -168,7 +187,44 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
     )
 
 
-def _compact(job: Job, chunk: Chunk, size: int, steps: int) -> None:
+def _worn_ratio(dtype: torch.dtype) -> float:
+    return WORN_FLOAT32 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+
+
+def _launch_block_panel(job: Job, chunk: Chunk, steps: int, block: int) -> None:
+    tuning, working = job.tuning, chunk.working
+    dtype, filled = working.weight.dtype, triton.next_power_of_2(block)
+    sizes = BlockSizes(
+        stride=chunk.matrix.stride(0),
+        line=chunk.matrix.stride(1),
+        width=chunk.width,
+        panel=working.panel.stride(0),
+        places=working.diagonal.stride(1),
+        columns=job.columns,
+        length=job.plan.steps,
+    )
+    block_panel_kernel[(triton.cdiv(chunk.rows, tuning.rows),)](
+        job.lines,
+        working,
+        sizes,
+        chunk.matrix,
+        chunk.rows,
+        chunk.size,
+        steps,
+        chunk.made,
+        WORN_RATIO=_worn_ratio(dtype),
+        SIZE=block,
+        C=filled,
+        ROWS=tuning.rows,
+        COLS=tuning.tile(chunk.size),
+        PLACES=tuning.places(chunk.size, dtype.itemsize),
+        DEPTH=max(1, tuning.depth // filled),
+        num_warps=tuning.warps(chunk.size, dtype.itemsize),
+        enable_fp_fusion=False,
+    )
+
+
+def _compact(job: Job, chunk: Chunk, size: int, lines: int) -> None:
     """Move what lives in the last slots into dead ones before them, in ``G``, panel and state."""
     working = chunk.working
     hole, source = _moves(working.column[:, : chunk.size], size)
@@ -184,8 +240,8 @@ def _compact(job: Job, chunk: Chunk, size: int, steps: int) -> None:
         _move(job, chunk, chunk.matrix, hole, origin, size)
     for state in (working.weight, working.column):
         state.scatter_(1, hole, state.gather(1, source))
-    panel = working.panel[:, :steps]
-    panel.scatter_(2, hole[:, None].expand(-1, steps, -1), panel.gather(2, source[:, None].expand(-1, steps, -1)))
+    panel = working.panel[:, :lines]
+    panel.scatter_(2, hole[:, None].expand(-1, lines, -1), panel.gather(2, source[:, None].expand(-1, lines, -1)))
     chunk.size = size
 
 
@@ -236,7 +292,7 @@ def _move(job: Job, chunk: Chunk, target: Tensor, hole: Tensor, origin: Tensor, 
     )
 
 
-def _flush(chunk: Chunk, steps: int) -> None:
+def _flush(chunk: Chunk, lines: int) -> None:
     """``G -= V Vᵀ`` on the slots that are left."""
-    panel = chunk.working.panel[:, :steps, : chunk.size]
+    panel = chunk.working.panel[:, :lines, : chunk.size]
     chunk.matrix[:, : chunk.size, : chunk.size].baddbmm_(panel.mT, panel, alpha=-1)

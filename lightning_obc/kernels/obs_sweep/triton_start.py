@@ -7,7 +7,28 @@ from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep.triton_chunk import Chunk, Job, aligned
 from lightning_obc.kernels.obs_sweep.triton_kernels import BROKEN, RUNNING, Working
+from lightning_obc.kernels.obs_sweep.types import SweepInput
 from lightning_obc.linalg import padded_columns, rowwise_product, submatrix
+
+
+def in_block_order(problem: SweepInput, members: Tensor) -> SweepInput:
+    """Columns one block after the other; those that short blocks (``members`` -1) lack become columns of the identity."""
+    members = members.flatten()
+    real, column = members >= 0, members.clamp(min=0)
+    if torch.equal(members, torch.arange(problem.weight.shape[2], device=members.device)):
+        return problem
+    outside = torch.diag_embed((~real).to(torch.float64))
+
+    def spread(matrix: Tensor) -> Tensor:
+        inside = (real[:, None] & real).to(matrix.dtype)
+        return matrix[:, column[:, None], column] * inside + outside.to(matrix.dtype)
+
+    return SweepInput(
+        problem.weight[:, :, column] * real,
+        spread(problem.inverse),
+        spread(problem.hessian),
+        None if problem.keep is None else problem.keep[:, :, column] | ~real,
+    )
 
 
 def fresh(job: Job, rows: Tensor) -> Chunk:
@@ -22,7 +43,7 @@ def fresh(job: Job, rows: Tensor) -> Chunk:
     quota = _quota(job, torch.zeros_like(weight, dtype=torch.bool))
     if quota is not None:
         column = column.masked_fill(~_open_or_zero(job, rows, quota), -1)
-    reference = problem.inverse.diagonal(dim1=1, dim2=2)[owner]
+    reference = _pivots(problem.inverse, job.each)[owner]
     working = _working(job, rows, owner, weight, column, reference, quota)
     return Chunk(problem.inverse.contiguous(), True, size, job.plan.steps, job.slack, job.extra, working)
 
@@ -43,13 +64,17 @@ def restarted(job: Job, rows: Tensor) -> Chunk:
     """Rows in the middle of their sweep, ``G`` and weights from the float64 inverse of ``H`` on their free columns.
 
     The columns fixed so far are read from the outputs. A row whose ``H`` cannot be factorised starts as broken.
+    Weights that are zero already stay in their blocks, as columns of the identity.
     """
     fixed = _fixed(job, rows)
     candidates, quota = ~fixed, _quota(job, fixed)
     if quota is not None:
         candidates &= _open_or_zero(job, rows, quota)
-    free, real = padded_columns(~fixed)
-    picked, alive = padded_columns(candidates)
+    if job.block is not None and job.lines.keep is not None:
+        fixed |= job.lines.keep[rows] == 0
+    free, real = _at_least_one(*padded_columns(~fixed))
+    picked, listed = padded_columns(candidates)
+    alive = listed & ~fixed.gather(1, picked)
     size, weight = picked.shape[1], job.plan.problem.weight
     matrix = weight.new_empty(len(rows), size, aligned(size))
     current = weight.new_empty(len(rows), size)
@@ -60,8 +85,9 @@ def restarted(job: Job, rows: Tensor) -> Chunk:
             job, rows[part], fixed[part], free[part], real[part], picked[part], alive[part]
         )
         matrix[part, :, :size], current[part], broken[part] = inverse.to(weight.dtype), solved.to(weight.dtype), failed
-    column = torch.where(alive, picked, -1).to(torch.int32)
-    reference = weight.new_ones(fixed.shape).scatter_(1, picked, matrix.diagonal(dim1=1, dim2=2))
+    matrix.diagonal(dim1=1, dim2=2).add_((~alive).to(weight.dtype))
+    column = torch.where(listed, picked, -1).to(torch.int32)
+    reference = weight.new_ones(fixed.shape).scatter_(1, picked, _pivots(matrix[:, :, :size], job.each))
     owner = torch.arange(len(rows), device=rows.device)
     working = _working(job, rows, owner, current, column, reference, quota)
     working.status.masked_fill_(broken, BROKEN)
@@ -71,9 +97,24 @@ def restarted(job: Job, rows: Tensor) -> Chunk:
 
 def _fixed(job: Job, rows: Tensor) -> Tensor:
     """Columns ``[P, d]`` that the rows have eliminated so far."""
-    order = job.lines.order[rows].to(torch.int64)
-    marks = torch.zeros(len(rows), job.columns + 1, dtype=torch.bool, device=rows.device)
-    return marks.scatter_(1, torch.where(order < 0, job.columns, order), True)[:, :-1]
+    order, count = job.lines.order[rows].to(torch.int64), job.columns // job.each
+    marks = torch.zeros(len(rows), count + 1, dtype=torch.bool, device=rows.device)
+    return marks.scatter_(1, torch.where(order < 0, count, order), True)[:, :-1].repeat_interleave(job.each, 1)
+
+
+def _at_least_one(columns: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`padded_columns`, with one column that is not real where no row has any."""
+    return (columns, real) if columns.shape[1] else (columns.new_zeros(len(columns), 1), real.new_zeros(len(real), 1))
+
+
+def _pivots(matrix: Tensor, size: int) -> Tensor:
+    """Pivots ``[n, m]`` of the ``size × size`` diagonal blocks of ``[n, m, m]``; NaN where a block has none."""
+    if size == 1:
+        return matrix.diagonal(dim1=1, dim2=2)
+    blocks = matrix.unflatten(1, (-1, size)).unflatten(3, (-1, size)).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    factor, info = torch.linalg.cholesky_ex(blocks)
+    pivots = factor.diagonal(dim1=2, dim2=3).square()
+    return torch.where(info[:, :, None] > 0, torch.nan, pivots).flatten(1)
 
 
 def _solve(
@@ -113,12 +154,17 @@ def _working(
         owner=owner,
         status=rows.new_full((count,), RUNNING, dtype=torch.int32),
         weight=torch.nn.functional.pad(weight, (0, width - size)),
-        diagonal=weight.new_empty(count, width),
+        diagonal=weight.new_empty(count, width) if job.block is None else _diagonal_blocks(weight, job.block),
         column=torch.nn.functional.pad(column, (0, width - size), value=-1),
         reference=reference.contiguous(),
         quota=quota,
-        panel=weight.new_empty(count, job.tuning.panel(size), width),
+        panel=weight.new_empty(count, job.panel(size) * job.each, width),
     )
+
+
+def _diagonal_blocks(weight: Tensor, size: int) -> Tensor:
+    """Room for the diagonal blocks of ``G``, entry by entry: ``[P, c², b]``, each entry in whole vectors."""
+    return weight.new_empty(len(weight), size * size, aligned(weight.shape[1] // size))
 
 
 def _quota(job: Job, fixed: Tensor) -> Tensor | None:
