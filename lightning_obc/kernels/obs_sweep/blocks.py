@@ -24,8 +24,8 @@ from lightning_obc.linalg import resolve_budget
 
 PANEL = 16
 _UNROLLED = 8
-# A thread holds one block's part of ``G`` in its registers.
-LARGEST_TRITON_BLOCK = 16
+# A thread holds the diagonal block of a place in its registers.
+LARGEST_TRITON_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def block_backend(backend: str, device_type: str, size: int) -> str:
     """What sweeps blocks of ``size`` columns when ``backend`` is asked for.
 
     Raises:
-        BackendError: ``"triton"`` for blocks of more than 16, or a backend that cannot run there.
+        BackendError: ``"triton"`` for blocks of more than 8, or a backend that cannot run there.
     """
     allowed = ("naive", "torch", "numba", "triton") if size <= LARGEST_TRITON_BLOCK else ("naive", "torch", "numba")
     name = resolve_among(backend, device_type, allowed, f"blocks of {size}")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 import triton
@@ -25,10 +24,11 @@ log = logging.getLogger(__name__)
 INTERPRETED = not isinstance(panel_kernel, triton.JITFunction)
 
 
-def default_tuning(rows: int, itemsize: int) -> Tuning:
-    """Launch parameters here: tiles of 4 KiB on a GPU, few and large operations for the interpreter."""
+def default_tuning(rows: int, itemsize: int, block: int = 1) -> Tuning:
+    """Launch parameters here: on a GPU tiles of 4 KiB, less where a thread holds blocks; few and large operations for
+    the interpreter."""
     if not INTERPRETED:
-        return Tuning(columns=4096 // itemsize)
+        return Tuning(columns=4096 // itemsize // (1 if block == 1 else 2 if block <= 4 else 4))
     return Tuning(rows=min(64, triton.next_power_of_2(rows)), columns=256, depth=8, lines=32)
 
 
@@ -42,7 +42,7 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
         torch.OutOfMemoryError: One row alone does not fit.
     """
     out = empty_output(plan)
-    _run(_job(plan, out, tuning), out)
+    _run(_job(plan, out, tuning, None), out)
     return out
 
 
@@ -57,7 +57,7 @@ def sweep_blocks(problem: SweepInput, members: Tensor, memory_budget: int, tunin
     """
     plan = SweepPlan(in_block_order(problem, members), None, None, len(members), memory_budget)
     out = empty_output(plan)
-    _run(replace(_job(plan, out, tuning), block=members.shape[1]), out)
+    _run(_job(plan, out, tuning, members.shape[1]), out)
     return out
 
 
@@ -90,7 +90,7 @@ def rows_per_chunk(job: Job) -> int:
     return max(1, min(groups * rows, job.plan.memory_budget * 3 // 4 // bytes_per_row(job)))
 
 
-def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning | None) -> Job:
+def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning | None, block: int | None) -> Job:
     problem, grid, groups = plan.problem, plan.grid, plan.groups
 
     def lines(tensor: Tensor | None) -> Tensor | None:
@@ -109,8 +109,9 @@ def _job(plan: SweepPlan, out: SweepOutput, tuning: Tuning | None) -> Job:
             done=out.count.view(-1),
             codes=None if out.codes is None else out.codes.flatten(0, 1),
         ),
-        default_tuning(out.count.numel(), problem.weight.element_size()) if tuning is None else tuning,
+        tuning or default_tuning(out.count.numel(), problem.weight.element_size(), block or 1),
         *_closing_bound(groups, keep is not None),
+        block,
     )
 
 

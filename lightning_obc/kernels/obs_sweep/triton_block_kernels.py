@@ -1,14 +1,13 @@
 """The Triton kernel of the sweep over blocks: a panel of block eliminations per launch (paper, section 4).
 
 A step takes the ``c`` columns of a block together. With ``G_BB = L Lᵀ`` it costs ``½ |L⁻¹ w_B|²`` and adds the ``c``
-columns ``G_:B L⁻ᵀ`` to the panel, formed in one pass that reads the panel's earlier columns once for all of them. A
-second pass keeps the diagonal blocks of ``G`` current and ranks them.
+columns ``G_:B L⁻ᵀ`` to the panel. One pass keeps the diagonal blocks of ``G`` current and ranks them; a second forms the
+new columns, and reads the panel's earlier ones once for all of them.
 
 Index legend as in :mod:`.triton_kernels`; besides, ``c`` columns of a block (``SIZE``; ``C`` is the next power of two)
 and ``b = m/c`` places. A *place* is where a block is: its slots are ``place·c`` to ``place·c + c - 1``.
 
-Three barriers a step: before what the last step wrote is read at the chosen place, before this step overwrites it, and
-between the passes.
+Three barriers a step: between the passes, before and after the chosen block is read.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class BlockSizes(NamedTuple):
     line: int  # elements from one line of a matrix to the next
     width: int
     panel: int  # elements from one row's panel to the next
-    places: int  # elements from one entry of the diagonal blocks to the next
+    blocks: int  # elements from one row's diagonal blocks to the next
     columns: int  # c·T
     length: int  # T
 
@@ -73,7 +72,6 @@ def _rank_blocks(
     at: tl.tensor,
     best: tl.tensor,
     key: tl.tensor,
-    FIRST: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
     PLACES: tl.constexpr,
@@ -91,9 +89,9 @@ def _rank_blocks(
         slot = place[:, None, :] * SIZE + i
         there = inside[:, None, :] & (i < SIZE)
         both = there[:, :, None, :] & (i < SIZE)[:, None, :, :]
-        entry = (i[:, :, None, :] * SIZE + i[:, None, :, :]) * sizes.places + place[:, None, None, :]
-        diagonal = working.diagonal + (here * SIZE * SIZE * sizes.places)[:, :, None, None] + entry
-        if FIRST:
+        lane = (i[:, :, None, :] * SIZE + i[:, None, :, :]) * PLACES + tl.arange(0, PLACES)[None, None, None, :]
+        diagonal = working.diagonal + (here * sizes.blocks + first * SIZE * SIZE)[:, :, None, None] + lane
+        if taken == 0:
             start = matrix + (owner * sizes.stride)[:, :, None, None]
             block = tl.load(start + slot[:, :, None, :] * sizes.line + slot[:, None, :, :], mask=both, other=0.0)
         else:
@@ -126,6 +124,7 @@ def _choose_block(
     WORN_RATIO: tl.constexpr,
     SIZE: tl.constexpr,
     C: tl.constexpr,
+    PLACES: tl.constexpr,
 ) -> tl.tensor:
     """Place and number of the cheapest block, its cost, ``L`` and ``L⁻¹ w_B``, and which rows stop here.
 
@@ -140,7 +139,8 @@ def _choose_block(
     there = found & (i < SIZE)
     both = there[:, :, None] & (i < SIZE)[:, None, :]
     eye = (i[:, :, None] == i[:, None, :]) & (i[:, :, None] >= 0)
-    entry = (here * SIZE * SIZE * sizes.places + place)[:, :, None] + (i[:, :, None] * SIZE + i[:, None, :]) * sizes.places
+    entry = here * sizes.blocks + place // PLACES * (SIZE * SIZE * PLACES) + place % PLACES
+    entry = entry[:, :, None] + (i[:, :, None] * SIZE + i[:, None, :]) * PLACES
     block = tl.load(working.diagonal + entry, mask=both, other=0.0)
     block = tl.where(both, block, tl.where(eye, 1.0, 0.0).to(block.dtype))
     weight = tl.load(working.weight + here * sizes.width + place * SIZE + i, mask=there, other=0.0)
@@ -231,23 +231,21 @@ def block_panel_kernel(
     done = tl.load(lines.done + row, mask=present, other=0)
     none = tl.full((ROWS, PLACES), float("inf"), matrix.dtype.element_ty)
     nobody = tl.full((ROWS, PLACES), _NONE, tl.int64)
-    at = (here, owner, present)
-    best, key = _rank_blocks(working, sizes, matrix, size, 0, at, none, nobody, True, SIZE, C, PLACES)
     for step in range(steps):
+        taken = step * SIZE
+        at = (here, owner, state == 0)
+        best, key = _rank_blocks(working, sizes, matrix, size, taken, at, none, nobody, SIZE, C, PLACES)
         tl.debug_barrier()
         place, chosen, cost, low, solved, state = _choose_block(
-            working, sizes, here, state, best, key, made + step, WORN_RATIO, SIZE, C
+            working, sizes, here, state, best, key, made + step, WORN_RATIO, SIZE, C, PLACES
         )
         going = state == 0
         tl.store(lines.order + row * sizes.length + done, chosen.to(tl.int32), mask=going)
         tl.store(lines.losses + row * sizes.length + done, 0.5 * cost, mask=going)
         tl.debug_barrier()
-        at, pivots, taken = (here, owner, going), (place, low, solved), step * SIZE
+        at, pivots = (here, owner, going), (place, low, solved)
         _eliminate_block(working, sizes, matrix, size, taken, at, pivots, SIZE, C, COLS, DEPTH)
         tl.debug_barrier()
-        best, key = _rank_blocks(
-            working, sizes, matrix, size, taken + SIZE, at, none, nobody, False, SIZE, C, PLACES
-        )
         done += going.to(tl.int32)
     tl.store(lines.done + row, done, mask=present)
     tl.store(working.status + here, state, mask=present)

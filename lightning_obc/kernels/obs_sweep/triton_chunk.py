@@ -48,7 +48,7 @@ class Tuning:
         return max(1, self.tile(size) * itemsize // 512)
 
     def places(self, size: int, itemsize: int) -> int:
-        """Blocks of a tile: one per thread."""
+        """Blocks of a tile: one per thread, and at least a warp's on a GPU."""
         return max(1, self.tile(size) * itemsize // 16)
 
     def panel(self, size: int) -> int:
@@ -199,7 +199,7 @@ def _launch_block_panel(job: Job, chunk: Chunk, steps: int, block: int) -> None:
         line=chunk.matrix.stride(1),
         width=chunk.width,
         panel=working.panel.stride(0),
-        places=working.diagonal.stride(1),
+        blocks=working.diagonal.stride(0),
         columns=job.columns,
         length=job.plan.steps,
     )

@@ -47,7 +47,7 @@ class Working(NamedTuple):
     owner: Tensor  # [P] int64, which matrix of ``G`` belongs to the row
     status: Tensor  # [P] int32
     weight: Tensor  # [P, width]
-    diagonal: Tensor  # [P, width]; of a sweep over blocks [P, c², b], their entries
+    diagonal: Tensor  # [P, width]; of a sweep over blocks: tile by tile, entry by entry
     column: Tensor  # [P, width] int32, -1 in a dead slot
     reference: Tensor  # [P, d] by column: its pivot (in its block) at the row's last float64 start
     quota: Tensor | None  # [P, groups] int64, zeros still to make

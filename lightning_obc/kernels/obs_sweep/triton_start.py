@@ -154,7 +154,7 @@ def _working(
         owner=owner,
         status=rows.new_full((count,), RUNNING, dtype=torch.int32),
         weight=torch.nn.functional.pad(weight, (0, width - size)),
-        diagonal=weight.new_empty(count, width) if job.block is None else _diagonal_blocks(weight, job.block),
+        diagonal=weight.new_empty(count, width) if job.block is None else _diagonal_blocks(job, weight),
         column=torch.nn.functional.pad(column, (0, width - size), value=-1),
         reference=reference.contiguous(),
         quota=quota,
@@ -162,9 +162,11 @@ def _working(
     )
 
 
-def _diagonal_blocks(weight: Tensor, size: int) -> Tensor:
-    """Room for the diagonal blocks of ``G``, entry by entry: ``[P, c², b]``, each entry in whole vectors."""
-    return weight.new_empty(len(weight), size * size, aligned(weight.shape[1] // size))
+def _diagonal_blocks(job: Job, weight: Tensor) -> Tensor:
+    """Room for the diagonal blocks of ``G``: ``[P, tiles · c² · places of a tile]``."""
+    rows, size = weight.shape
+    places = job.tuning.places(size, weight.element_size())
+    return weight.new_empty(rows, -(-size // job.each // places) * places * job.each**2)
 
 
 def _quota(job: Job, fixed: Tensor) -> Tensor | None:
