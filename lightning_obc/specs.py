@@ -122,6 +122,14 @@ def check_refinable(pattern: Pattern, refine: Refine | None) -> None:
         )
 
 
+def _backends(pattern: Pattern) -> tuple[str, ...]:
+    """Backends that solve a pattern."""
+    if isinstance(pattern, Structured):
+        return ("auto", "torch")
+    large = isinstance(pattern, Block) and pattern.size > 8
+    return tuple(name for name in BACKENDS if not (large and name == "triton"))
+
+
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SpecError(f"Unknown {name}", got=repr(value), expected=f"one of {allowed}")
@@ -215,8 +223,7 @@ class Prune(Stage):
         _check_choice("misfit", self.misfit, get_args(Misfit))
         _check_choice("backend", self.backend, BACKENDS)
         _check_schedule(self)
-        allowed = {Block: ("auto", "naive", "torch", "numba"), Structured: ("auto", "torch")}
-        names = allowed.get(type(self.parsed), BACKENDS)
+        names = _backends(self.parsed)
         if self.backend not in names:
             raise SpecError(
                 "A backend cannot solve this pattern",

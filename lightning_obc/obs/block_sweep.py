@@ -100,7 +100,7 @@ def sweep_blocks(
         size: Columns of a block.
         channels: Input channels per kernel position; default ``d``. The last block of a position may be short.
         damping: Share of ``mean(diag H)`` added to the diagonal.
-        backend: As of :func:`lightning_obc.obs.sweep`; ``"triton"`` has no blocks.
+        backend: As of :func:`lightning_obc.obs.sweep`; ``"triton"`` has blocks of at most 8.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -124,7 +124,7 @@ def sweep_blocks_prepared(
         swept = problem.sweep_input(keep)
         return obs_sweep.sweep_blocks(swept, blocks, backend=name, memory_budget=memory_budget)
 
-    if name != "numba":  # the others never restart a row
+    if name not in ("numba", "triton"):  # the others never restart a row
         problem = problem.with_dtype(torch.float64)
     problem, output = run_with_retries(problem, kernel)
     alive = torch.ones_like(problem.weight, dtype=torch.bool) if keep is None else keep

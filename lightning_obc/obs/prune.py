@@ -59,8 +59,8 @@ def prune(
         damping: Share of ``mean(diag H)`` added to the diagonal, or ``"auto"`` (needs the two-half statistic).
         refine: Swap kept for removed weights afterwards (unstructured and N:M). With the two-half statistic each row
             is refined only as far as the other half agrees.
-        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; ``"triton"`` has no blocks, and
-            structured patterns have only ``"torch"``.
+        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; ``"triton"`` has blocks of at most
+            8, and structured patterns have only ``"torch"``.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:

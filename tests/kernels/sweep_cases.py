@@ -51,10 +51,15 @@ def in_dtype(problem: SweepInput, dtype: torch.dtype) -> SweepInput:
     return replace(problem, weight=problem.weight.to(dtype), inverse=problem.inverse.to(dtype))
 
 
-def make_grid(weight: Tensor, bits: int, symmetric: bool) -> GridInput:
-    """Min-max grids, shrunk by 0.8 so that some weights are clipped."""
-    top = 2**bits - 1
-    low, high = weight.amin(2, keepdim=True).clamp(max=0), weight.amax(2, keepdim=True).clamp(min=0)
+def make_grid(weight: Tensor, bits: int, symmetric: bool, shared: str = "channel") -> GridInput:
+    """Min-max grids, shrunk by 0.8 so that some weights are clipped; one for each row, for all of the rows, or for each
+    five columns of a row."""
+    if shared == "columns":
+        parts = [make_grid(part, bits, symmetric) for part in weight.split(5, 2)]
+        scale, zero = (torch.cat([getattr(part, name) for part in parts], 2) for name in ("scale", "zero_point"))
+        return GridInput(scale, zero, parts[0].max_code)
+    top, over = 2**bits - 1, (0, 1, 2) if shared == "tensor" else (2,)
+    low, high = weight.amin(over, keepdim=True).clamp(max=0), weight.amax(over, keepdim=True).clamp(min=0)
     if symmetric:
         high = torch.maximum(high, -low)
         low = -high
@@ -79,15 +84,24 @@ class Mode:
     symmetric: bool = False
     pattern: tuple[int, int] | None = None
     block: int = 0
+    shared: str = "channel"
 
     def run(self, problem: SweepInput, backend: str, memory_budget: int | None = None) -> SweepOutput:
+        device = problem.weight.device
         if self.bits:
-            grid = make_grid(problem.weight, self.bits, self.symmetric)
+            grid = self.grid(problem.weight.cpu())
+            grid = replace(grid, scale=grid.scale.to(device), zero_point=grid.zero_point.to(device))
             return sweep_quantize(problem, grid, backend=backend, memory_budget=memory_budget)
         if self.block:
             return sweep_blocks(problem, self.blocks(problem), backend=backend, memory_budget=memory_budget)
-        groups = make_groups(problem.weight.shape[2], *self.pattern) if self.pattern else None
+        groups = None
+        if self.pattern:
+            groups = make_groups(problem.weight.shape[2], *self.pattern)
+            groups = NMGroups(groups.column_group.to(device), groups.quota.to(device))
         return sweep_prune(problem, groups=groups, backend=backend, memory_budget=memory_budget)
+
+    def grid(self, weight: Tensor) -> GridInput:
+        return make_grid(weight, self.bits, self.symmetric, self.shared)
 
     def blocks(self, problem: SweepInput) -> ColumnBlocks:
         """Consecutive columns; the last block is short where they do not divide."""
@@ -100,11 +114,11 @@ MODES = [
     Mode("2:4", pattern=(2, 4)),
     Mode("1:4", pattern=(1, 4)),
     Mode("4:8", pattern=(4, 8)),
-    Mode("int2 asymmetric", bits=2),
-    Mode("int4 symmetric", bits=4, symmetric=True),
+    Mode("int2 asymmetric by tensor", bits=2, shared="tensor"),
+    Mode("int4 symmetric by columns", bits=4, symmetric=True, shared="columns"),
     Mode("int8 asymmetric", bits=8),
 ]
-# Every backend but triton, which leaves blocks to torch.
+# Triton has blocks of at most 8.
 BLOCKS = [Mode("block 4", block=4), Mode("block 9", block=9)]
 
 
@@ -112,7 +126,7 @@ def direct_loss(problem: SweepInput, out: SweepOutput, mode: Mode) -> Tensor:
     """``½ Δw H Δwᵀ`` of every row ``[g, R]`` in float64, from the final weights that the record implies."""
     weight, hessian = problem.weight.double(), problem.hessian
     if mode.bits:
-        grid = make_grid(problem.weight, mode.bits, mode.symmetric)
+        grid = mode.grid(problem.weight)
         assert out.codes is not None
         step = weight - (out.codes.double() - grid.zero_point.double()) * grid.scale.double()
     else:

@@ -23,6 +23,8 @@ from triton_scenarios import (
     SCENARIOS,
     SOME,
     broken_problem,
+    engine_cases,
+    engine_problem,
     irregular_groups,
     parity_name,
     parity_problem,
@@ -80,14 +82,24 @@ def tolerances(dtype: torch.dtype) -> dict[str, float]:
 def test_parity(
     result: Results, mode: Mode, shape: tuple[int, int, int], keep: float | None, dtype: torch.dtype
 ) -> None:
+    """Besides, memory that nothing has written holds NaN there."""
     problem = parity_problem(shape, keep, dtype)
     assert_parity(result(parity_name(mode, shape, keep, dtype)), mode.run(problem, "naive"), **tolerances(dtype))
 
 
-@pytest.mark.parametrize("mode", SOME, ids=lambda mode: mode.name)
-def test_parity_with_the_default_launch(result: Results, mode: Mode) -> None:
-    oracle = mode.run(make_problem(1, 3, 36, dtype=torch.float32), "naive")
-    assert_parity(result(f"default launch {mode.name}"), oracle, **tolerances(torch.float32))
+def test_parity_with_the_default_launch(result: Results) -> None:
+    oracle = MODES[1].run(make_problem(1, 3, 36, dtype=torch.float32), "naive")
+    assert_parity(result("default launch"), oracle, **tolerances(torch.float32))
+
+
+@pytest.mark.parametrize("name", engine_cases())
+def test_every_pattern_through_the_functions_on_matrices(result: Results, name: str) -> None:
+    """Also: no tensor of a sweep is made on another device than the weights'."""
+    weight, hessian = engine_problem()
+    for got, oracle in zip(result(f"engine {name}"), engine_cases()[name](weight, hessian, "naive"), strict=True):
+        assert torch.equal(got == 0, oracle == 0)
+        assert not bool(torch.signbit(got[got == 0]).any())
+        torch.testing.assert_close(got, oracle, rtol=1e-4, atol=1e-6)
 
 
 def test_groups_of_any_shape_and_quota(result: Results) -> None:
@@ -102,21 +114,22 @@ def test_ties_go_to_the_lower_column_across_tiles_and_compaction(result: Results
     out = result(f"ties {mode.name}")
     assert torch.equal(out.order, mode.run(ties_problem(), "naive").order)
     if mode.name == "unstructured":
-        assert out.order[0, 2].tolist() == [*range(1, 20, 2), *range(0, 20, 2)]
+        assert out.order[0, 2].tolist() == [*range(1, 16, 2), *range(0, 16, 2)]
 
 
 @pytest.mark.parametrize("mode", SOME, ids=lambda mode: mode.name)
 def test_worn_rows_restart_from_float64(result: Results, mode: Mode) -> None:
-    out, oracle = result(f"scarce {mode.name}"), mode.run(scarce_problem(), "naive")
+    out, oracle = result(f"scarce {mode.name}"), mode.run(scarce_problem(mode), "naive")
     assert not bool(out.broken.any())
     assert agreement(out, oracle) >= 0.99
-    assert worst_row(out, oracle) < 0.01
+    assert worst_row(out, oracle) < 1e-3
 
 
-def test_without_restarts_the_float32_order_would_drift(result: Results) -> None:
-    """The restart is what the previous test tests. Losses drift by 0.5 to 1.5 here, whatever the processor rounds."""
-    out, oracle = result("scarce without restarts"), MODES[0].run(scarce_problem(), "naive")
-    assert bool(out.broken.any()) or (agreement(out, oracle) < 0.9 and worst_row(out, oracle) > 0.05)
+@pytest.mark.parametrize("mode", [SOME[0], SOME[3]], ids=lambda mode: mode.name)
+def test_without_restarts_the_float32_order_would_drift(result: Results, mode: Mode) -> None:
+    """The restart is what the previous test tests: without it, orders and losses are off by more than that allows."""
+    out, oracle = result(f"scarce without restarts {mode.name}"), mode.run(scarce_problem(mode), "naive")
+    assert bool(out.broken.any()) or (agreement(out, oracle) < 0.99 and worst_row(out, oracle) > 0.05)
 
 
 def worst_row(got: SweepOutput, oracle: SweepOutput) -> float:
@@ -124,13 +137,14 @@ def worst_row(got: SweepOutput, oracle: SweepOutput) -> float:
     return (got.losses.double().sum(-1) / oracle.losses.sum(-1) - 1).abs().max().item()
 
 
-def test_a_broken_pivot_is_reported_and_stops_its_problem_only(result: Results) -> None:
-    out = result("broken")
+@pytest.mark.parametrize("mode", [SOME[0], SOME[3]], ids=lambda mode: mode.name)
+def test_a_broken_pivot_is_reported_and_stops_its_problem_only(result: Results, mode: Mode) -> None:
+    out = result(f"broken {mode.name}")
     assert bool(out.broken[1].all())
-    assert bool((out.count[1] < 20).all())
+    assert bool((out.count[1] < out.order.shape[2]).all())
     assert bool((out.order[1, :, -1] == -1).all())
-    healthy = replace(broken_problem(), inverse=make_problem(2, 3, 20, dtype=torch.float32).inverse)
-    oracle = MODES[0].run(healthy, "naive")
+    healthy = replace(broken_problem(), inverse=make_problem(2, 3, 12, dtype=torch.float32).inverse)
+    oracle = mode.run(healthy, "naive")
     assert not bool(out.broken[0].any())
     assert torch.equal(out.order[0], oracle.order[0])
 
@@ -145,28 +159,23 @@ def test_same_bits_twice_and_the_same_order_in_small_chunks(result: Results, mod
     torch.testing.assert_close(first.losses.sum(-1), small.losses.sum(-1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("mode", SOME, ids=lambda mode: mode.name)
-def test_unwritten_memory_is_never_used(result: Results, mode: Mode) -> None:
-    oracle = mode.run(make_problem(1, 3, 25, dtype=torch.float32, keep=0.8), "naive")
-    assert_parity(result(f"poisoned {mode.name}"), oracle, **tolerances(torch.float32))
-
-
 def test_out_of_memory_halves_the_chunk_and_goes_on_with_one_message(result: Results) -> None:
     got = result("out of memory")
     assert got["tried"] == [7, 4, 2, 2, 2, 1]
     assert len(got["messages"]) == 1
     assert "7 rows" in got["messages"][0]
-    assert_parity(got["out"], MODES[0].run(make_problem(1, 7, 12), "naive"), **tolerances(torch.float64))
+    assert_parity(got["out"], MODES[0].run(make_problem(1, 7, 3), "naive"), **tolerances(torch.float64))
 
 
 def test_out_of_memory_with_a_single_row_is_raised(result: Results) -> None:
     assert result("out of memory for one row") == "raised"
 
 
-def test_the_host_waits_once_a_chunk_and_never_between_panels(result: Results) -> None:
-    got = result("waits")
+@pytest.mark.parametrize("name", ["waits", "waits of blocks"])
+def test_the_host_waits_once_a_chunk_and_never_between_panels(result: Results, name: str) -> None:
+    got = result(name)
     assert got["queued"] == []
-    # The bound on closing groups (two numbers, two masks), then which rows are worn.
+    # The bound on closing groups (two numbers, two masks) or whether blocks are in order, then which rows are worn.
     assert len(got["whole"]) <= 5
 
 

@@ -1,7 +1,8 @@
 """What the tests of the Triton backend run, by name, on any device.
 
 As a script it runs all of it under Triton's interpreter, which has to be chosen before Triton is imported, and saves
-what comes back.
+what comes back. The interpreter takes its time per operation, not per element, so problems have several rows, and few
+columns over tiles and panels that are smaller still.
 """
 
 from __future__ import annotations
@@ -18,22 +19,25 @@ from typing import Any
 from unittest import mock
 
 import torch
-from sweep_cases import MODES, Mode, make_grid, make_groups, make_problem
+from sweep_cases import BLOCKS, MODES, Mode, make_problem
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_obc.kernels.obs_sweep import NMGroups, SweepInput, SweepOutput, sweep_prune, sweep_quantize
+from lightning_obc import obs
+from lightning_obc.kernels.obs_sweep import NMGroups, SweepInput, SweepOutput, sweep_prune
 from lightning_obc.kernels.obs_sweep.types import WORN_FLOAT32, SweepPlan
+from lightning_obc.specs import NM, Block, IntGrid
 
 BACKEND = "lightning_obc.kernels.obs_sweep.triton_backend"
-PARITY_MODES = [MODES[0], MODES[1], MODES[4], MODES[5]]
-SHAPES = [(1, 1, 1), (1, 3, 7), (2, 2, 25), (5, 1, 9)]
-RAGGED = SHAPES[2]
-PRECISIONS = [torch.float32, torch.float64]
-# Of the interpreter's seconds, float64 gets those that show something new.
-CASES = [(shape, 0.8, torch.float32) for shape in SHAPES if shape != RAGGED]
-CASES += [(RAGGED, None, torch.float32), *((RAGGED, keep, dtype) for keep in (0.8, 0.3) for dtype in PRECISIONS)]
+# Unstructured, 2:4, a grid for the tensor, grids by columns, and blocks on every shape; other widths on one.
+SOME = [MODES[0], MODES[1], MODES[5], BLOCKS[0]]
+PARITY_MODES = [*SOME, MODES[4]]
+OTHERS = [MODES[2], MODES[3], MODES[6], Mode("block 2", block=2), Mode("block 3", block=3), Mode("block 8", block=8)]
+RAGGED = (2, 2, 14)
+F32, F64 = torch.float32, torch.float64
+CASES = [((1, 1, 1), None, F32), ((5, 1, 7), 0.8, F32), (RAGGED, None, F32), (RAGGED, 0.8, F64), (RAGGED, 0.3, F32)]
 GRID = [(mode, *case) for mode in PARITY_MODES for case in CASES]
-SOME = [MODES[0], MODES[1], MODES[5]]
+GRID += [(mode, (2, 2, 17), 0.8, F32) for mode in OTHERS]
 
 
 def to(problem: SweepInput, device: str) -> SweepInput:
@@ -46,25 +50,28 @@ def on_cpu(out: SweepOutput) -> SweepOutput:
 
 def solve(problem: SweepInput, mode: Mode, device: str, memory_budget: int | None = None) -> SweepOutput:
     """As ``mode.run``, on a device."""
-    if mode.bits:
-        grid = make_grid(problem.weight, mode.bits, mode.symmetric)
-        grid = replace(grid, scale=grid.scale.to(device), zero_point=grid.zero_point.to(device))
-        return on_cpu(sweep_quantize(to(problem, device), grid, backend="triton", memory_budget=memory_budget))
-    groups = None
-    if mode.pattern:
-        groups = make_groups(problem.weight.shape[2], *mode.pattern)
-        groups = NMGroups(groups.column_group.to(device), groups.quota.to(device))
-    return on_cpu(sweep_prune(to(problem, device), groups=groups, backend="triton", memory_budget=memory_budget))
+    return on_cpu(mode.run(to(problem, device), "triton", memory_budget))
 
 
 @contextmanager
-def small_tiles(rows: int = 8, columns: int = 16) -> Any:
-    """Several tiles and panels even at few columns, and several programs at few rows."""
+def small_tiles(rows: int = 4, columns: int = 8, steps: int = 6) -> Any:
+    """Several tiles and panels even at few columns, and several programs where there are more rows."""
     from lightning_obc.kernels.obs_sweep.triton_chunk import Tuning
 
-    tuning = Tuning(rows, columns, depth=8, lines=16, steps=9)
+    tuning = Tuning(rows, columns, depth=4, lines=16, steps=steps)
     with mock.patch(f"{BACKEND}.default_tuning", return_value=tuning):
         yield
+
+
+class Poison(TorchDispatchMode):
+    """Memory that nothing has written yet holds NaN, or the largest integer."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in ("empty", "new_empty", "empty_like", "empty_strided"):
+            integers = not out.is_floating_point() and out.dtype != torch.bool
+            out.fill_(torch.iinfo(out.dtype).max if integers else torch.nan)
+        return out
 
 
 Scenario = Callable[[str], Any]
@@ -75,10 +82,8 @@ def parity_problem(shape: tuple[int, int, int], keep: float | None, dtype: torch
 
 
 def parity(mode: Mode, shape: tuple[int, int, int], keep: float | None, dtype: torch.dtype) -> Scenario:
-    columns = shape[2]
-
     def scenario(device: str) -> SweepOutput:
-        with small_tiles(rows=2 if columns < 10 else 8):
+        with small_tiles(steps=9 if mode.block else 6), Poison():
             return solve(parity_problem(shape, keep, dtype), mode, device)
 
     return scenario
@@ -104,10 +109,10 @@ def run_irregular_groups(device: str) -> SweepOutput:
 
 def ties_problem() -> SweepInput:
     """Equal scores everywhere: a row of zeros, a row of one value, and two values in turn."""
-    weight = torch.zeros(1, 3, 20)
+    weight = torch.zeros(1, 3, 16)
     weight[0, 1] = 0.5
-    weight[0, 2] = torch.tensor([0.5, 0.25]).repeat(10)
-    eye = torch.eye(20)[None]
+    weight[0, 2] = torch.tensor([0.5, 0.25]).repeat(8)
+    eye = torch.eye(16)[None]
     return SweepInput(weight, eye, eye.double())
 
 
@@ -119,49 +124,38 @@ def ties(mode: Mode) -> Scenario:
     return scenario
 
 
-def scarce_problem() -> SweepInput:
-    """Fewer samples than columns: float32 needs restarts."""
-    return make_problem(1, 8, 60, damping=1e-7, samples=30, seed=0)
+def scarce_problem(mode: Mode) -> SweepInput:
+    """Fewer samples than columns: float32 needs restarts. The oracle sees the same rounded weights."""
+    problem = make_problem(1, 16, 28, damping=1e-7, samples=14, seed=0)
+    return replace(problem, weight=problem.weight.float(), inverse=problem.inverse.float())
 
 
 def scarce(device: str, mode: Mode = MODES[0], ratio: float | None = None) -> SweepOutput:
-    problem = scarce_problem()
-    problem = replace(problem, weight=problem.weight.float(), inverse=problem.inverse.float())
     module = "lightning_obc.kernels.obs_sweep.triton_chunk"
-    with small_tiles(columns=64), mock.patch(f"{module}.WORN_FLOAT32", WORN_FLOAT32 if ratio is None else ratio):
-        return solve(problem, mode, device)
+    ratio = WORN_FLOAT32 if ratio is None else ratio
+    with small_tiles(16, 32, 12), mock.patch(f"{module}.WORN_FLOAT32", ratio):
+        return solve(scarce_problem(mode), mode, device)
 
 
 def broken_problem() -> SweepInput:
-    problem = make_problem(2, 3, 20, dtype=torch.float32)
+    problem = make_problem(2, 3, 12, dtype=torch.float32)
     problem.inverse[1, 9, 9] = -1.0
     return problem
 
 
-def run_broken(device: str) -> SweepOutput:
-    with small_tiles():
-        return solve(broken_problem(), MODES[0], device)
-
-
-def twice_and_in_small_chunks(mode: Mode) -> Scenario:
-    def scenario(device: str) -> list[SweepOutput]:
-        problem = make_problem(2, 2, 13, dtype=torch.float32, keep=0.9)
-        with small_tiles():
-            return [solve(problem, mode, device, memory_budget=budget) for budget in (None, None, 1)]
+def broken(mode: Mode) -> Scenario:
+    def scenario(device: str) -> SweepOutput:
+        with small_tiles(8):
+            return solve(broken_problem(), mode, device)
 
     return scenario
 
 
-def poisoned(mode: Mode) -> Scenario:
-    """Memory that nothing has written holds NaN."""
-
-    def scenario(device: str) -> SweepOutput:
-        torch.use_deterministic_algorithms(True)
-        try:
-            with small_tiles():
-                return solve(make_problem(1, 3, 25, dtype=torch.float32, keep=0.8), mode, device)
-        finally:
-            torch.use_deterministic_algorithms(False)
+def twice_and_in_small_chunks(mode: Mode) -> Scenario:
+    def scenario(device: str) -> list[SweepOutput]:
+        problem = make_problem(2, 1, 9, dtype=torch.float32, keep=0.9)
+        with small_tiles(columns=16):
+            return [solve(problem, mode, device, memory_budget=budget) for budget in (None, None, 1)]
 
     return scenario
 
@@ -184,7 +178,7 @@ def out_of_memory(device: str) -> dict[str, Any]:
     triton_backend.log.addHandler(handler)
     try:
         with small_tiles(), mock.patch.object(triton_backend, "run", scarce_memory):
-            out = solve(make_problem(1, 7, 12), MODES[0], device)
+            out = solve(make_problem(1, 7, 3), MODES[0], device)
     finally:
         triton_backend.log.removeHandler(handler)
     return {"out": out, "tried": tried, "messages": messages}
@@ -219,7 +213,7 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits(device: str) -> dict[str, list[str]]:
+def waits(device: str, block: bool = False) -> dict[str, list[str]]:
     """Host waits while a chunk is queued, and from then to the end of the sweep."""
     from lightning_obc.kernels.obs_sweep import triton_backend
 
@@ -230,16 +224,18 @@ def waits(device: str) -> dict[str, list[str]]:
         with queued:
             run(job, chunk)
 
-    problem = make_problem(1, 4, 20, dtype=torch.float32)
-    with small_tiles(), mock.patch.object(triton_backend, "run", watched):
-        groups = NMGroups(torch.arange(20, device=device) // 4, torch.full((5,), 2, device=device))
-        with whole:
-            triton_backend.sweep(SweepPlan(to(problem, device), groups, None, 10, 10**9))
+    problem = to(make_problem(1, 4, 16, dtype=torch.float32), device)
+    groups = NMGroups(torch.arange(16, device=device) // 4, torch.full((4,), 2, device=device))
+    with small_tiles(), mock.patch.object(triton_backend, "run", watched), whole:
+        if block:
+            triton_backend.sweep_blocks(problem, torch.arange(16, device=device).view(-1, 4), 10**9)
+        else:
+            triton_backend.sweep(SweepPlan(problem, groups, None, 8, 10**9))
     return {"queued": queued.names, "whole": whole.names}
 
 
 def strided(device: str) -> list[SweepOutput]:
-    problem = make_problem(2, 3, 20, dtype=torch.float32, keep=0.8)
+    problem = make_problem(2, 3, 6, dtype=torch.float32, keep=0.8)
     turned = SweepInput(*(t.mT.contiguous().mT for t in vars(problem).values()))
     before = [t.clone() for t in vars(turned).values()]
     with small_tiles():
@@ -252,34 +248,91 @@ def parity_name(mode: Mode, shape: tuple[int, int, int], keep: float | None, dty
     return f"parity {mode.name} {'x'.join(map(str, shape))} keep={keep} {str(dtype).removeprefix('torch.')}"
 
 
+def engine_cases() -> dict[str, Callable[[Tensor, Tensor, str], list[Tensor]]]:
+    """Every pattern through the functions on plain matrices: weights of what comes back, several where one sweep gives
+    several."""
+
+    def prune(pattern: Any) -> Callable[[Tensor, Tensor, str], list[Tensor]]:
+        return lambda w, h, backend: [obs.prune(w, h, pattern, backend=backend).weight]
+
+    def quantize(grid: IntGrid) -> Callable[[Tensor, Tensor, str], list[Tensor]]:
+        return lambda w, h, backend: [obs.quantize(w, h, grid, order="greedy", backend=backend).weight]
+
+    def joint(w: Tensor, h: Tensor, backend: str) -> list[Tensor]:
+        sparse = obs.prune(w, h, "2:4", backend=backend).weight
+        return [sparse, *quantize(IntGrid(3))(sparse, h, backend)]
+
+    def levels(w: Tensor, h: Tensor, backend: str) -> list[Tensor]:
+        sweep = obs.sweep(w, h, backend=backend)
+        return [sweep.solution(share).weight for share in (0.25, 0.5, 0.75)]
+
+    def block_levels(w: Tensor, h: Tensor, backend: str) -> list[Tensor]:
+        sweep = obs.sweep_blocks(w, h, 2, backend=backend)
+        return [sweep.solution(share).weight for share in (0.25, 0.5, 0.75)]
+
+    return {
+        "unstructured levels": levels,
+        "block levels": block_levels,
+        "2:3": prune(NM(2, 3)),
+        "4:6": prune(NM(4, 6)),
+        "block 3": prune(Block(3, 0.5)),
+        "grid of the tensor": quantize(IntGrid(3, granularity="tensor")),
+        "grids of groups, symmetric": quantize(IntGrid(4, True, "group", 4)),
+        "zeros, then codes": joint,
+    }
+
+
+def engine_problem() -> tuple[Tensor, Tensor]:
+    problem = make_problem(1, 3, 12)
+    return problem.weight[0].float(), problem.hessian[0]
+
+
+def engine(name: str, device: str) -> list[Tensor]:
+    weight, hessian = engine_problem()
+    # A tensor that is made without its device lands on ``meta``, and fails beside the others.
+    with torch.device("meta"):
+        return [t.cpu() for t in engine_cases()[name](weight.to(device), hessian.to(device), "triton")]
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{parity_name(*case): parity(*case) for case in GRID},
-    **{f"default launch {mode.name}": default_launch(mode) for mode in SOME},
+    "default launch": default_launch(MODES[1]),
+    **{f"engine {name}": partial(engine, name) for name in engine_cases()},
     "irregular groups": run_irregular_groups,
     **{f"ties {mode.name}": ties(mode) for mode in SOME},
     **{f"scarce {mode.name}": partial(scarce, mode=mode) for mode in SOME},
-    "scarce without restarts": partial(scarce, ratio=1e30),
-    "broken": run_broken,
+    **{f"scarce without restarts {mode.name}": partial(scarce, mode=mode, ratio=1e30) for mode in (SOME[0], SOME[3])},
+    **{f"broken {mode.name}": broken(mode) for mode in (SOME[0], SOME[3])},
     **{f"twice {mode.name}": twice_and_in_small_chunks(mode) for mode in SOME},
-    **{f"poisoned {mode.name}": poisoned(mode) for mode in SOME},
     "out of memory": out_of_memory,
     "out of memory for one row": out_of_memory_for_one_row,
     "waits": waits,
+    "waits of blocks": partial(waits, block=True),
     "strided": strided,
 }
 
 
+def call_inside_a_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a kernel's own functions become. The launch has put the interpreter's operations in place; Triton does it
+    again at every call, which takes a third of the time."""
+    return self.rewrite()(*args, **kwargs)
+
+
 def main(path: str) -> None:
     """Run every scenario under the interpreter; a scenario that raises leaves its traceback."""
+    from triton.runtime.interpreter import InterpretedFunction
+
     torch.set_num_threads(1)
     results: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
-        started = time.perf_counter()
-        try:
-            results[name] = scenario("cpu")
-        except Exception:
-            results[name] = traceback.format_exc()
-        print(f"{time.perf_counter() - started:6.2f} s  {name}")
+    with mock.patch.object(InterpretedFunction, "__call__", call_inside_a_launch):
+        for name, scenario in SCENARIOS.items():
+            started = time.perf_counter()
+            try:
+                results[name] = scenario("cpu")
+            except Exception:
+                results[name] = traceback.format_exc()
+                print(results[name])
+            print(f"{time.perf_counter() - started:6.2f} s  {name}")
     torch.save(results, path)
 
 

@@ -2,8 +2,8 @@
 
 Removing block ``B`` of a row costs ``½ w_Bᵀ (G_BB)⁻¹ w_B = ½ |z|²``, with ``z = L⁻¹ w_B`` and ``G_BB = L Lᵀ``; with the
 columns ``V = G[:, B] L⁻ᵀ`` the others move by ``-V z`` and ``G -= V Vᵀ``. Diagonal blocks of ``G`` are kept current,
-its rest once a panel. ``numba`` is the CPU default (:mod:`.block_compiled`); it and ``triton`` restart rows whose pivots
-have worn out; the panels of batched torch here do not, so they want float64.
+its rest once a panel. ``numba`` is the CPU default (:mod:`.block_compiled`); it and ``triton`` restart rows whose
+pivots have worn out; the panels of batched torch here do not, so they want float64.
 
 Index legend: ``P`` rows in flight, ``b`` blocks alive, ``c`` columns per block, ``M = b·c``.
 """

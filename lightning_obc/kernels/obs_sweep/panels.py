@@ -86,7 +86,7 @@ class _Chunk:
         if groups is not None:
             self.made = torch.zeros(size, len(groups.quota), dtype=torch.int64, device=device)
         self.diagonal = source.inverse.diagonal(dim1=1, dim2=2)[self.problem].clone()
-        self.reference = self.diagonal
+        self.reference = self.diagonal.clone()  # the diagonal changes in place
         self.fresh = torch.ones(size, dtype=torch.bool, device=device)  # no step since the last float64 start
         # One column more than T takes the writes of rows that idle.
         self.order = torch.full((size, plan.steps + 1), -1, dtype=torch.int32, device=device)

@@ -17,7 +17,13 @@ from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.triton_chunk import Job, Tuning, bytes_per_row, run
 from lightning_obc.kernels.obs_sweep.triton_kernels import BROKEN, WORN, Lines, panel_kernel
 from lightning_obc.kernels.obs_sweep.triton_start import fresh, in_block_order, restarted, take_zeros
-from lightning_obc.kernels.obs_sweep.types import NMGroups, SweepOutput, SweepPlan, cheaper_to_invert
+from lightning_obc.kernels.obs_sweep.types import (
+    NMGroups,
+    SweepInput,
+    SweepOutput,
+    SweepPlan,
+    cheaper_to_invert,
+)
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +52,17 @@ def sweep(plan: SweepPlan, tuning: Tuning | None = None) -> SweepOutput:
     return out
 
 
-def sweep_blocks(problem: SweepInput, members: Tensor, memory_budget: int, tuning: Tuning | None = None) -> SweepOutput:
+def sweep_blocks(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutput:
     """Eliminate all blocks of every row, as :func:`sweep` does columns.
 
     Args:
         problem: Checked.
         members: ``[n, c]`` int64, columns of every block, -1 where a block is short.
         memory_budget: Bytes of working memory above inputs and outputs. One row at a time is always allowed.
-        tuning: Launch parameters; None takes the default.
     """
     plan = SweepPlan(in_block_order(problem, members), None, None, len(members), memory_budget)
     out = empty_output(plan)
-    _run(_job(plan, out, tuning, members.shape[1]), out)
+    _run(_job(plan, out, None, members.shape[1]), out)
     return out
 
 

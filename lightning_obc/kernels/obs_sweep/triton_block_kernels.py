@@ -1,8 +1,8 @@
 """The Triton kernel of the sweep over blocks: a panel of block eliminations per launch (paper, section 4).
 
 A step takes the ``c`` columns of a block together. With ``G_BB = L Lᵀ`` it costs ``½ |L⁻¹ w_B|²`` and adds the ``c``
-columns ``G_:B L⁻ᵀ`` to the panel. One pass keeps the diagonal blocks of ``G`` current and ranks them; a second forms the
-new columns, and reads the panel's earlier ones once for all of them.
+columns ``G_:B L⁻ᵀ`` to the panel. One pass keeps the diagonal blocks of ``G`` current and ranks them; a second forms
+the new columns, and reads the panel's earlier ones once for all of them.
 
 Index legend as in :mod:`.triton_kernels`; besides, ``c`` columns of a block (``SIZE``; ``C`` is the next power of two)
 and ``b = m/c`` places. A *place* is where a block is: its slots are ``place·c`` to ``place·c + c - 1``.
@@ -43,7 +43,7 @@ class BlockSizes(NamedTuple):
 
 @triton.jit
 def _solve(block: tl.tensor, weight: tl.tensor, SIZE: tl.constexpr, C: tl.constexpr) -> tl.tensor:
-    """``|L⁻¹ w|²`` ``[ROWS, N]``, ``L`` ``[ROWS, C, C, N]`` and ``L⁻¹ w`` ``[ROWS, C, N]`` of ``N`` blocks side by side.
+    """``|L⁻¹ w|²`` ``[ROWS, N]``, ``L`` ``[ROWS, C, C, N]``, ``L⁻¹ w`` ``[ROWS, C, N]`` of ``N`` blocks side by side.
 
     A pivot that is not positive makes everything after it NaN. Above its diagonal ``L`` holds rounding errors.
     """
@@ -168,7 +168,7 @@ def _eliminate_block(
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
 ) -> tl.tensor:
-    """One pass over the slots: ``V = (G_:B - V' V'_Bᵀ) L⁻ᵀ`` after ``taken`` columns ``V'``, ``w -= V z``, who leaves."""
+    """One pass over the slots: ``V = (G_:B - V' V'_Bᵀ) L⁻ᵀ`` after ``taken`` columns ``V'``, ``w -= V z``, who goes."""
     here, owner, going = at
     place, low, solved = pivots
     k = tl.arange(0, C)[None, :].to(tl.int64)

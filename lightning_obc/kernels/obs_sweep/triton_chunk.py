@@ -52,7 +52,7 @@ class Tuning:
         return max(1, self.tile(size) * itemsize // 16)
 
     def panel(self, size: int) -> int:
-        """Columns of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow ones cheap."""
+        """Columns of a panel that starts with ``size`` slots: wide working sets make flushes dear, narrow cheap."""
         return min(self.steps, size, 128 if size > 1536 else 64 if size > 512 else 32)
 
 

@@ -12,7 +12,7 @@ from lightning_obc.linalg import padded_columns, rowwise_product, submatrix
 
 
 def in_block_order(problem: SweepInput, members: Tensor) -> SweepInput:
-    """Columns one block after the other; those that short blocks (``members`` -1) lack become columns of the identity."""
+    """Columns one block after the other; what short blocks lack (``members`` -1) become columns of the identity."""
     members = members.flatten()
     real, column = members >= 0, members.clamp(min=0)
     if torch.equal(members, torch.arange(problem.weight.shape[2], device=members.device)):
