@@ -7,14 +7,17 @@ columns over tiles and panels that are smaller still.
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -294,6 +297,22 @@ def engine(name: str, device: str) -> list[Tensor]:
         return [t.cpu() for t in engine_cases()[name](weight.to(device), hessian.to(device), "triton")]
 
 
+def rehearsal(device: str) -> dict[str, Any]:
+    """What every part of ``benchmarks/gpu.py`` finds in its rehearsal, but for the tests that it runs."""
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
+    import gpu_parts
+    from gpu_report import SECTIONS
+
+    found: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, part in gpu_parts.PARTS.items():
+            if name != "tests":
+                place = gpu_parts.Place(True, found, Path(folder) / "found.json")
+                part(place)
+                found[name] = json.loads(place.saved.read_text())
+    return found | {"report": {name: SECTIONS[name](part) for name, part in found.items()}}
+
+
 SCENARIOS: dict[str, Scenario] = {
     **{parity_name(*case): parity(*case) for case in GRID},
     "default launch": default_launch(MODES[1]),
@@ -309,6 +328,7 @@ SCENARIOS: dict[str, Scenario] = {
     "waits": waits,
     "waits of blocks": partial(waits, block=True),
     "strided": strided,
+    "rehearsal": rehearsal,
 }
 
 

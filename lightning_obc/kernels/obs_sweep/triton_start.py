@@ -163,10 +163,14 @@ def _working(
 
 
 def _diagonal_blocks(job: Job, weight: Tensor) -> Tensor:
-    """Room for the diagonal blocks of ``G``: ``[P, tiles · c² · places of a tile]``."""
+    """Room for the diagonal blocks of ``G``: ``[P, tiles · c² · places of a tile + 1]``.
+
+    The odd length keeps the compiler from giving a thread several places side by side: it would need a third more
+    registers.
+    """
     rows, size = weight.shape
     places = job.tuning.places(size, weight.element_size())
-    return weight.new_empty(rows, -(-size // job.each // places) * places * job.each**2)
+    return weight.new_empty(rows, -(-size // job.each // places) * places * job.each**2 + 1)
 
 
 def _quota(job: Job, fixed: Tensor) -> Tensor | None:
