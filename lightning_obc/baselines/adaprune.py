@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lightning_obc.baselines.magnitude import magnitude_mask
 from lightning_obc.errors import SpecError
-from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.damping import with_damping
 from lightning_obc.obs.problem import HessianLike, prepare
 from lightning_obc.obs.prune import check_channels, check_fit
+from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, Misfit, Pattern, Structured, Unstructured, parse_pattern
 
@@ -53,11 +53,10 @@ def adaprune(
 
     def solve(rows: Tensor, half: HessianLike, damping: float) -> LayerSolution:
         problem = prepare(rows, half, damping)
-        dense = problem.original_batched()
-        current = dense.double()
+        current = problem.weight.double()
         for step in range(1, steps + 1):
             mask = magnitude_mask(_on_the_way(pattern, step / steps), current, channels)
-            current = masked_refit(problem.damped, dense, mask, inverse=problem.inverse, memory_budget=memory_budget)
+            current = refit_on_mask(problem, mask, memory_budget)
         return problem.solution(current, mask, problem.status("adaprune"))
 
     return with_damping(weight, hessian, damping, solve)

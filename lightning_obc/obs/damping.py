@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.obs.problem import HessianLike, full_hessian, quadratic
+from lightning_obc.obs.problem import HessianLike, check_weight, full_hessian, on_device, quadratic
 from lightning_obc.obs.solution import LayerSolution
 
 CANDIDATES = (1e-3, 1e-2, 3e-2, 1e-1, 0.3)
@@ -54,6 +54,7 @@ def choose_damping(weight: Tensor, hessian: HessianLike, solve: Solve) -> tuple[
 
     Raises:
         SpecError: ``hessian`` is a plain tensor, which has no halves.
+        ShapeError, NonFiniteError: See :func:`lightning_obc.obs.prepare`.
     """
     if not isinstance(hessian, Hessian):
         raise SpecError(
@@ -62,10 +63,11 @@ def choose_damping(weight: Tensor, hessian: HessianLike, solve: Solve) -> tuple[
             expected="lightning_obc.Hessian with samples in both halves",
             remedy="pass the statistic that calibration returns, or a number as damping",
         )
+    check_weight(weight)
     if not hessian.has_both_halves:
         return DEFAULT, None
     rows = sample_rows(weight if weight.dim() == 3 else weight[None])
-    halves = [hessian.half(index).to(weight.device) for index in (0, 1)]
+    halves = [on_device(hessian.half(index), weight.device) for index in (0, 1)]
     scored = [(_held_out(rows, halves, damping, solve), damping) for damping in CANDIDATES]
     error, damping = min(scored)
     return damping, error

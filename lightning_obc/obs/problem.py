@@ -84,12 +84,12 @@ class Problem:
 
     def solution(self, weight: Tensor, mask: Tensor, status: Status, **quantized: object) -> LayerSolution:
         """Wrap final weights ``[g, R, d]``: cast to the original dtype, then measure exactly what is returned."""
-        final = weight.to(self.original.dtype) + 0.0
+        final = (weight.to(self.original.dtype) + 0.0).contiguous()
         loss, damping_loss = self.error(final)
         reference = quadratic(self.original_batched().double(), self.hessian)
         return LayerSolution(
             weight=self.shaped(final),
-            mask=self.shaped(mask),
+            mask=self.shaped(mask.contiguous()),
             loss=loss,
             damping_loss=damping_loss,
             reference=reference,
@@ -136,9 +136,9 @@ def prepare(weight: Tensor, hessian: HessianLike, damping: float = 0.01) -> Prob
         NonFiniteError: NaN or Inf in the weight or the Hessian.
         NotPositiveDefiniteError: No bounded damping makes ``H`` positive definite.
     """
-    _check_weight(weight)
+    check_weight(weight)
     batched = weight if weight.dim() == 3 else weight[None]
-    full = full_hessian(hessian).to(weight.device)
+    full = on_device(full_hessian(hessian), weight.device)
     full = full if full.dim() == 3 else full[None]
     _check_hessian(full, batched)
     dead = linalg.dead_columns(full)
@@ -156,7 +156,33 @@ def prepare(weight: Tensor, hessian: HessianLike, damping: float = 0.01) -> Prob
     )
 
 
-def _check_weight(weight: Tensor) -> None:
+def on_device(hessian: Tensor, device: torch.device) -> Tensor:
+    """A Hessian where the weight is.
+
+    Raises:
+        ShapeError: It has no data (meta device).
+    """
+    _check_data("Hessian", hessian)
+    return hessian.to(device)
+
+
+def _check_data(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ShapeError(
+            f"A {name} has no data",
+            got="a tensor on the meta device",
+            expected="values on a CPU or an accelerator",
+            remedy="load the checkpoint into the model, and calibrate it, before it is compressed",
+        )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuse what is no finite floating-point matrix ``[R, d]`` or ``[g, R, d]`` with data.
+
+    Raises:
+        ShapeError, NonFiniteError: It is not.
+    """
+    _check_data("weight", weight)
     if weight.dim() not in (2, 3) or 0 in weight.shape:
         raise ShapeError("A weight matrix has the wrong shape", got=tuple(weight.shape), expected="[R, d] or [g, R, d]")
     if not weight.dtype.is_floating_point:

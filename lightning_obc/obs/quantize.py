@@ -87,10 +87,10 @@ def quantize(
 
 def check_mask(mask: Tensor | None, weight: Tensor) -> None:
     """Raise ShapeError unless ``mask`` is None or a bool tensor of the shape of ``weight``."""
-    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool):
+    if mask is not None and (mask.shape != weight.shape or mask.dtype != torch.bool or mask.is_meta):
         raise ShapeError(
             "A mask does not belong to its weight",
-            got=f"{tuple(mask.shape)} {mask.dtype}",
+            got=f"{tuple(mask.shape)} {mask.dtype} on {mask.device}",
             expected=f"{tuple(weight.shape)} torch.bool",
         )
 

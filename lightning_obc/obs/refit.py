@@ -27,7 +27,8 @@ def refit_on_mask(problem: Problem, mask: Tensor, memory_budget: int | None = No
     Raises:
         NotPositiveDefiniteError: A factorisation failed.
     """
-    dense = problem.original_batched()
+    # Half precision has been widened there, which changes no value.
+    dense = problem.weight
     if dense.shape[1] > 1 and bool((mask == mask[:, :1]).all()):
         parts = zip(problem.damped, dense.double(), mask[:, 0], strict=True)
         return torch.stack([_refit_together(hessian, rows, kept) for hessian, rows, kept in parts])

@@ -13,13 +13,13 @@ from torch import Tensor
 from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
 from lightning_obc.hessian import Hessian
-from lightning_obc.kernels.masked_refit import masked_refit
 from lightning_obc.obs.curves import Curve, relative
 from lightning_obc.obs.orders import column_order_codes
 from lightning_obc.obs.problem import HessianLike, Problem, prepare, row_losses
 from lightning_obc.obs.refine.codes import CodesState, better_of, descend
 from lightning_obc.obs.refine.judge import Deadline, Judgement, judge
 from lightning_obc.obs.refine.masks import MaskState, SwapProblem, swap
+from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.solution import LayerSolution, Refinement
 from lightning_obc.obs.sweep import solve_mask
 from lightning_obc.solvers import Refine
@@ -109,9 +109,7 @@ def refine_mask(
         return _unrefined(solution, error)
     mask = _last(search(greedy, deadline, None if verdict is None else verdict.depth)).mask
     problem = greedy.problem
-    weight = masked_refit(
-        problem.damped, problem.original_batched(), mask, inverse=problem.inverse, memory_budget=memory_budget
-    )
+    weight = refit_on_mask(problem, mask, memory_budget)
     better, gain = _better_rows(problem, solution, weight, coupled=False)
     kept = torch.where(better, mask, greedy.mask)
     final = torch.where(better, weight, _batched(solution.weight).double())
