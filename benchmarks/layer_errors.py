@@ -275,7 +275,10 @@ def write(record: dict[str, Any], path: Path) -> None:
     """The page and its figures, whole files both."""
     if {row["kind"] for row in record["rows"]} == set(LEVELS):
         write_whole(path.with_suffix(".md"), lambda target: target.write_text(report(record) + "\n"))
-    write_whole(path, lambda target: target.write_text(json.dumps(record, indent=1) + "\n"))
+    # A line for each row: differences of two runs can be read.
+    rows = ",\n".join(map(json.dumps, record["rows"]))
+    text = json.dumps(record | {"rows": []}).removesuffix("[]}") + f"[\n{rows}\n]}}\n"
+    write_whole(path, lambda target: target.write_text(text))
 
 
 if __name__ == "__main__":
