@@ -24,7 +24,7 @@ CALIBRATION = obc.Calibration(samples=44, batch_size=8)
 def trainer(*callbacks: Any, **options: Any) -> Trainer:
     size = int(os.environ.get("OBC_TEST_RANKS", "1"))
     if size > 1:
-        options |= {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60))}
+        options |= {"strategy": DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=150))}
     return quiet_trainer(os.environ["OBC_TEST_FOLDER"], *callbacks, devices=size, **options)
 
 
@@ -176,7 +176,10 @@ def sharded() -> dict[str, Any]:
     size, options = int(os.environ.get("OBC_TEST_RANKS", "1")), {}
     if size > 1:
         options["strategy"] = ModelParallelStrategy(
-            data_parallel_size=size, tensor_parallel_size=1, process_group_backend="gloo", timeout=timedelta(seconds=60)
+            data_parallel_size=size,
+            tensor_parallel_size=1,
+            process_group_backend="gloo",
+            timeout=timedelta(seconds=150),
         )
     torch.manual_seed(0)
     module = Sharded(torch.optim.SGD, lr=0.1, momentum=0.9)

@@ -14,7 +14,7 @@ from typing import Any
 from children import start
 
 
-def run_processes(module: str, function: str, size: int, folder: Path, limit: float = 150.0) -> list[Any]:
+def run_processes(module: str, function: str, size: int, folder: Path, limit: float = 300.0) -> list[Any]:
     """What ``function()`` of a module in this folder returns on every rank.
 
     Raises:
