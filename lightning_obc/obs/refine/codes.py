@@ -67,7 +67,7 @@ def descend(
     for sweep in range(1, sweeps + 1):
         if depth is not None:
             active = depth >= sweep
-        if deadline.passed() or not bool(active.any()):
+        if not bool(active.any()) or deadline.passed():
             return
         free = active[..., None].expand(dense.shape)
         moved = _sweep(dense, hessian, grid, codes, free if keep is None else free & keep)
