@@ -3,7 +3,11 @@
     python -m benchmarks.artifacts digits resnet18 --folder artifacts
     python -m benchmarks.artifacts --folder artifacts --out benchmarks/results
 
-The first command writes the files, the second one measures them.
+The first command writes the files, the second one measures them. On Linux the second one can also measure the kernels
+of a processor that has AVX2 alone, by hiding AVX-512 and VNNI of one that has more:
+
+    cc -O2 -shared -fPIC -o hide.so benchmarks/hide_avx512.c
+    LD_PRELOAD=./hide.so python -m benchmarks.artifacts --folder artifacts --out benchmarks/results
 
 Every file of a network is run in turns with the others. The digits CNN is trained and compressed by OBS; ResNet-18 has
 random weights rounded to nearest, since how codes were found changes neither size nor speed.
@@ -234,12 +238,20 @@ def environment(threads: int) -> dict[str, Any]:
 
     return {
         "processor": _processor(),
-        "vnni": has_vnni(),
+        "vnni": has_vnni() and not hidden(),
+        "hidden": hidden(),
         "threads": threads,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "onnxruntime": onnxruntime.__version__,
     }
+
+
+def hidden() -> bool:
+    """True when the processor's AVX-512 and VNNI are hidden from this process (``benchmarks/hide_avx512.c``)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    there = cpuinfo.exists() and "avx512f" in cpuinfo.read_text()
+    return there and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def _processor() -> str:
@@ -287,17 +299,20 @@ def main() -> None:
         return
     measured = [measure(case, arguments.rounds, arguments.threads) for case in load(arguments.folder)]
     where = environment(arguments.threads)
-    vnni = "with" if where["vnni"] else "without"
+    vnni = "with VNNI" if where["vnni"] else "without VNNI"
+    if where["hidden"]:
+        vnni = "its AVX-512 and VNNI hidden from the process, so that ONNX Runtime takes its AVX2 kernels"
     head = (
-        f"Measured on {where['processor']} ({vnni} VNNI) with {where['threads']} thread(s) of ONNX Runtime "
+        f"Measured on {where['processor']} ({vnni}) with {where['threads']} thread(s) of ONNX Runtime "
         f"{where['onnxruntime']}; PyTorch {where['torch']}, Python {where['python']}. The files of a table run in "
         "turns; the speed-up is the median over rounds of the first file's time over this one's."
     )
     parts = ["# Files that other tools run", head, *(part for _, tables in measured for part in tables)]
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "artifacts.md").write_text("\n\n".join(parts) + "\n")
+    name = "artifacts_avx2" if where["hidden"] else "artifacts"
+    (arguments.out / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     record = {"environment": where, "cases": [record for record, _ in measured]}
-    (arguments.out / "artifacts.json").write_text(json.dumps(record, indent=1) + "\n")
+    (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

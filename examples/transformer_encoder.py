@@ -69,7 +69,7 @@ def agreement(dense: Tensor, small: Tensor) -> dict[str, float]:
     return {"cosine": float((dense * small).sum(1).mean()), "nearest": float(same)}
 
 
-def main(samples: int = 256, blocks: int = 6) -> dict[str, dict[str, float]]:
+def main(samples: int = 128, blocks: int = 6) -> dict[str, dict[str, float]]:
     """Compress, and compare embeddings of unseen sentences with the dense model's, and with simple rounding.
 
     Args:

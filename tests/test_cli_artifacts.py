@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -88,6 +89,32 @@ def test_search_writes_the_curve_and_leaves_the_model_dense(run):
         result.dense_metric
     )
     assert not any(module._forward_pre_hooks for module in cli.model.modules())
+
+
+def test_a_search_by_time_counts_the_whole_network(run, capsys):
+    """Times of layers are measured one by one; the rest of the network is a fixed part of every budget."""
+    cli, folder, call = run
+    cli.trainer.save_checkpoint(folder / "dense.ckpt", weights_only=True)
+    result = call(
+        "search",
+        *(
+            f"--ckpt_path={folder}/dense.ckpt",
+            "--cost=seconds",
+            "--metric=val_accuracy",
+            "--budgets=[1.0]",
+            "--methods=[dp]",
+            "--scores=error",
+        ),
+        *("--levels.bits=[[null,null],[8,8]]", "--calibration.samples=128", f"--database={folder}/database"),
+        f"--output={folder}/by-time",
+    ).result
+    assert 0 < result.point(1.0).cost <= 1
+    (note,) = result.notes
+    rest, layers = (float(found) for found in re.findall(r"([\d.e+-]+) ms", note))
+    assert 1e3 * result.dense_cost == pytest.approx(rest + layers, rel=1e-3)
+    assert layers > 0
+    assert note in capsys.readouterr().out
+    assert note in (folder / "by-time" / "curve.md").read_text()
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

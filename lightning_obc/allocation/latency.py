@@ -115,11 +115,12 @@ def measure_latency(
     *,
     levels: Sequence[Level] = (Level(),),
     runner: Runner | None = None,
+    whole: Callable[[], Any] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     repeats: int = 20,
     warmup: int = 3,
 ) -> LatencyTable:
-    """Time every layer on the input that one batch gives it, and the whole model once.
+    """Time every layer on the input that one batch gives it, and the whole model.
 
     Levels of one layer are timed in turns, so that a machine that slows down slows them all; medians are kept.
 
@@ -131,6 +132,8 @@ def measure_latency(
         runner: ``runner(name, module, input, level)`` prepares a layer at a level and returns a function that runs it
             once, for example in ONNX Runtime. None times the module itself in PyTorch, where every level takes as long
             as the dense one; only the dense level may be asked for then.
+        whole: Runs the whole dense model by the means of ``runner``. What it takes beyond its dense layers becomes the
+            table's ``overhead``; without it, and with a runner, the overhead is 0.
         forward: ``forward(model, batch)``; None means the default of calibration.
         repeats: Timed runs.
         warmup: Runs before them.
@@ -150,13 +153,16 @@ def measure_latency(
     run = runner or _torch_runner
     with preserved_rng(), undisturbed(model), eager_forward(), torch.no_grad():
         inputs = _inputs(model, layers, batch, forward)
-        whole = _medians({"model": lambda: (forward or call_forward)(model, batch)}, repeats, warmup)["model"]
+        everything = whole
+        if everything is None and runner is None:
+            everything = lambda: (forward or call_forward)(model, batch)  # noqa: E731
+        total = 0.0 if everything is None else _medians({"model": everything}, repeats, warmup)["model"]
         seconds = {
             name: _medians({level.name: run(name, module, inputs[name], level) for level in levels}, repeats, warmup)
             for name, module in layers.items()
         }
     dense = sum(times[Level().name] for times in seconds.values() if Level().name in times)
-    return LatencyTable(seconds, max(0.0, whole - dense) if runner is None else 0.0)
+    return LatencyTable(seconds, max(0.0, total - dense))
 
 
 def _torch_runner(name: str, module: nn.Module, x: Tensor, level: Level) -> Callable[[], Any]:

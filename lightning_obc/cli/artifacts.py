@@ -11,7 +11,7 @@ from typing import Any, Optional
 from jsonargparse import ArgumentParser
 
 from lightning_obc.errors import SpecError
-from lightning_obc.export import Measurement, benchmark_table
+from lightning_obc.export import Measurement, benchmark_table, slower_files
 from lightning_obc.export import benchmark as measure
 from lightning_obc.files import check_target, write_whole
 from lightning_obc.report import compare_reports, load_record, save_report
@@ -115,7 +115,7 @@ def benchmark(
     """
     target = None if output is None else check_target(output, overwrite)
     found = measure(_labelled(files), batch=batch, rounds=rounds, warmup=warmup, threads=threads, memory=memory)
-    print(benchmark_table(found))
+    print("\n\n".join([benchmark_table(found), *slower_files(found)]))
     if target is not None:
         text = json.dumps([entry.to_dict() for entry in found], indent=1) + "\n"
         write_whole(target, partial(_write, text))

@@ -107,7 +107,7 @@ class ExportRun(Callback):
     ) -> tuple[str, ...]:
         options = self.options
         batches = calibration_batches(compat.calibration_source(trainer), options.calibration)
-        samples = (_arguments(module, compat.to_device(trainer, batch)) for batch in batches)
+        samples = (onnx_sample(module, compat.to_device(trainer, batch)) for batch in batches)
         sample = next(samples)
         grids = {name: inputs.grid for name, inputs in attached(module).items()}
         notes: tuple[str, ...] = ()
@@ -136,7 +136,7 @@ def _quantized(weights: Mapping[str, CompressedWeight]) -> set[str]:
     return {name for name, weight in weights.items() if weight.codes is not None}
 
 
-def _arguments(module: nn.Module, batch: Any) -> Any:
+def onnx_sample(module: nn.Module, batch: Any) -> Any:
     """What the model's forward takes of a batch, in the form of an export's sample."""
     inputs = inputs_of(module, batch)
     return inputs if isinstance(inputs, (torch.Tensor, Mapping)) else (inputs,)

@@ -30,10 +30,11 @@ from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.passes import collector
 from lightning_obc.callbacks.recording import started_with
+from lightning_obc.cli.exporting import onnx_sample
 from lightning_obc.cli.stitched import StitchedRun
 from lightning_obc.correction_spec import Correct
-from lightning_obc.errors import ExportError, SpecError
-from lightning_obc.export import layer_runner
+from lightning_obc.errors import ExportError, OBCError, SpecError
+from lightning_obc.export import layer_runner, model_runner
 from lightning_obc.layers import is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.report import default_formats, report_record, save_report
@@ -110,6 +111,7 @@ class SearchRun(StitchedRun):
         self.options = options
         self.result: SearchResult | None = None
         self.directory: Path | None = None
+        self._notes: list[str] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
@@ -131,7 +133,7 @@ class SearchRun(StitchedRun):
 
         levels = None if options.levels is None else options.levels.make()
         cost = self._cost(module, collect.batches, collect.forward, levels)
-        return search(
+        result = search(
             module,
             collect.batches,
             options.budgets,
@@ -154,6 +156,8 @@ class SearchRun(StitchedRun):
             progress=display.update,
             metric_name=name if sign > 0 else f"-{name}",
         )
+        result.notes.extend(self._notes)
+        return result
 
     def _cost(self, module: LightningModule, batches: Any, forward: Any, levels: list[Level] | None) -> Any:
         """The cost's name, or seconds per layer: measured through ONNX Runtime, or read from a file."""
@@ -171,9 +175,19 @@ class SearchRun(StitchedRun):
             if not (isinstance(layer, LayerPart) or is_lookup(layer))
         }
         batch = next(iter(batches))
-        return measure_latency(
-            module, layers, batch, levels=timed, runner=layer_runner(threads=options.threads), forward=forward
-        )
+        runner, whole = layer_runner(threads=options.threads), None
+        try:
+            whole = model_runner(module, onnx_sample(module, batch), threads=options.threads)
+        except OBCError as error:
+            self._notes.append(f"The rest of the network is not in these times: it cannot be timed as a whole. {error}")
+        table = measure_latency(module, layers, batch, levels=timed, runner=runner, whole=whole, forward=forward)
+        if whole is not None:
+            dense = sum(row[Level().name] for row in table.seconds.values())
+            self._notes.append(
+                f"Of these times {1e3 * table.overhead:.4g} ms per batch are what the dense network takes beyond its "
+                f"layers ({1e3 * dense:.4g} ms, each timed alone in ONNX Runtime); they are part of every point."
+            )
+        return table
 
     def _folder(self, trainer: Trainer) -> Path:
         """A new folder, or the one that was asked for."""

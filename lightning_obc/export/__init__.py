@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from lightning_obc.export.compressed_tensors import save_compressed_tensors
-from lightning_obc.export.layer_runner import layer_runner
+from lightning_obc.export.layer_runner import layer_runner, model_runner
 from lightning_obc.export.onnx_export import OnnxExport, export_onnx
 from lightning_obc.export.onnx_reader import read_onnx_weights
 from lightning_obc.export.packed import PackedFile, load_packed, read_packed, save_packed
 from lightning_obc.export.ranges import ActivationRange
-from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session
+from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session, slower_files
 from lightning_obc.export.semi_structured import Conversion, Conversions, to_semi_structured
 from lightning_obc.export.weights import CompressedWeight, compressed_state, named_layers
 
@@ -26,11 +26,13 @@ __all__ = [
     "export_onnx",
     "layer_runner",
     "load_packed",
+    "model_runner",
     "named_layers",
     "open_session",
     "read_onnx_weights",
     "read_packed",
     "save_compressed_tensors",
     "save_packed",
+    "slower_files",
     "to_semi_structured",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.errors import ExportError
+from lightning_obc.export.graph import Sample
 from lightning_obc.export.onnx_export import export_onnx
 from lightning_obc.export.ops import operators
 from lightning_obc.export.ranges import ActivationRange
-from lightning_obc.export.runtime import open_session
+from lightning_obc.export.runtime import open_session, random_inputs
 from lightning_obc.export.weights import CompressedWeight
 from lightning_obc.files import require
 from lightning_obc.grid_fitting import fit_grid
@@ -90,6 +91,34 @@ def layer_runner(*, threads: int = 1) -> Callable[[str, nn.Module, Tensor, Preci
         return sessions[name, integer]
 
     return runner
+
+
+def model_runner(model: nn.Module, sample: Sample, *, threads: int = 1) -> Callable[[], Any]:
+    """The whole model in floating point in ONNX Runtime: ``whole`` of :func:`lightning_obc.allocation.measure_latency`.
+
+    Args:
+        model: Not changed.
+        sample: Example input, as :func:`export_onnx` takes it.
+        threads: Threads of the runtime; 0 lets it choose.
+
+    Raises:
+        ExportError: The model cannot be exported, or has no floating inputs. MissingExtraError: The extra ``onnx`` is
+            not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="lightning-obc-") as folder:
+        path = Path(folder) / "model.onnx"
+        export_onnx(copy.deepcopy(model).cpu().float(), _on_cpu(sample), path, dynamic_batch=False)
+        session = open_session(path, threads=threads)
+    inputs = random_inputs(session, 1, {entry.name: entry.shape for entry in session.get_inputs()})
+    return lambda: session.run(None, inputs)
+
+
+def _on_cpu(sample: Sample) -> Sample:
+    if isinstance(sample, Tensor):
+        return sample.cpu().float() if sample.is_floating_point() else sample.cpu()
+    if isinstance(sample, Mapping):
+        return {key: _on_cpu(value) if isinstance(value, Tensor) else value for key, value in sample.items()}
+    return tuple(_on_cpu(value) if isinstance(value, Tensor) else value for value in sample)
 
 
 def _prepare(module: nn.Module, x: Tensor, integer: bool, threads: int) -> Callable[[], Any]:

@@ -257,3 +257,24 @@ def benchmark_table(measurements: Sequence[Measurement], title: str = "Measured 
     ]
     lines = ["| " + " | ".join(row) + " |" for row in [header, ["---", *["---:"] * (len(header) - 1)], *rows]]
     return "\n".join([f"**{title}**", "", *lines])
+
+
+def slower_files(measurements: Sequence[Measurement]) -> list[str]:
+    """One sentence for every file that is slower than the first one beyond the scatter of their times.
+
+    Args:
+        measurements: The first one is the baseline.
+    """
+    found = []
+    for entry in measurements[1:]:
+        first = measurements[0]
+        if entry.latency - entry.spread > first.latency + first.spread:
+            smaller = f", and {first.size / entry.size:.1f}× smaller" if entry.size < first.size else ""
+            found.append(
+                f"{entry.name} is slower than {first.name} on this machine: {1e3 * entry.latency:.3f} ms instead of "
+                f"{1e3 * first.latency:.3f} ms ({entry.speedup:.2f}×){smaller}. Quantizing and dequantizing cost "
+                "small layers more than integers save: where time counts, export without quantized activations (same "
+                "size, time of floating point), or keep such layers in floating point (search --cost seconds measures "
+                "them)."
+            )
+    return found

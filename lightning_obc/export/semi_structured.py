@@ -16,8 +16,12 @@ from lightning_obc.layers import select_layers
 
 Timer = Callable[[nn.Module, Tensor], float]
 
-# Rows and columns that PyTorch's semi-structured kernels take, by dtype: multiples of the kernels' tiles.
-_TILES = {torch.float16: (32, 64), torch.bfloat16: (32, 64)}
+_DTYPES = (torch.float16, torch.bfloat16)
+# Both layers add in float32 and round once to the weight's dtype; a wrong kernel is off by the outputs' own size.
+_ROUNDING = 4
+# Rows and columns of a weight that PyTorch's kernels take in these dtypes: multiples of
+# ``torch.sparse.SparseSemiStructuredTensor…._DTYPE_SHAPE_CONSTRAINTS``. Inputs with any number of rows are padded.
+_TILES = {"cusparselt": (16, 16), "cutlass": (32, 64)}
 
 
 @dataclass(frozen=True)
@@ -60,18 +64,35 @@ class Conversions:
         return "\n".join([*lines, *(f"{layer.name}: {layer.reason}" for layer in self.layers)])
 
 
+def kernels() -> str:
+    """The kernels that convert here: those of cuSPARSELt, PyTorch's default, or of CUTLASS in builds without it."""
+    return "cusparselt" if torch.backends.cusparselt.is_available() else "cutlass"
+
+
 def is_two_four(weight: Tensor) -> bool:
     """True when every 4 consecutive entries of a row ``[R, d]`` hold at most 2 non-zeros."""
-    if weight.shape[-1] % 4:
+    if is_converted(weight) or weight.shape[-1] % 4:
         return False
     return bool((weight.detach().reshape(-1, 4).count_nonzero(-1) <= 2).all())
 
 
-def reason_against(weight: Tensor) -> str | None:
-    """Why PyTorch's semi-structured tensors cannot hold a weight ``[R, d]``, or None."""
-    if weight.dtype not in _TILES:
+def is_converted(weight: Tensor) -> bool:
+    """True for a weight that is a semi-structured tensor already, which few operations can read."""
+    return isinstance(weight, torch.sparse.SparseSemiStructuredTensor)
+
+
+def reason_against(weight: Tensor, backend: str | None = None) -> str | None:
+    """Why PyTorch's semi-structured tensors cannot hold a weight ``[R, d]``, or None.
+
+    Args:
+        weight: The weight.
+        backend: ``"cusparselt"`` or ``"cutlass"``; default :func:`kernels`.
+    """
+    if is_converted(weight):
+        return "it is a semi-structured tensor already"
+    if weight.dtype not in _DTYPES:
         return f"its weight is {weight.dtype}; float16 or bfloat16 is needed"
-    rows, columns = _TILES[weight.dtype]
+    rows, columns = _TILES[backend or kernels()]
     if weight.shape[0] % rows or weight.shape[1] % columns:
         return f"its shape {tuple(weight.shape)} is no multiple of {rows}×{columns}"
     if not is_two_four(weight):
@@ -99,9 +120,14 @@ def cuda_timer(repeats: int = 20, rounds: int = 7) -> Timer:
 
 def to_sparse(weight: Tensor) -> Tensor:
     """A weight as PyTorch's semi-structured tensor."""
-    from torch.sparse import to_sparse_semi_structured
+    from torch.sparse import SparseSemiStructuredTensorCUTLASS, to_sparse_semi_structured
 
-    sparse: Tensor = to_sparse_semi_structured(weight.detach())
+    dense = weight.detach().contiguous()
+    if kernels() == "cutlass":
+        # PyTorch asks for cuSPARSELt whether its build has it or not.
+        found: Tensor = SparseSemiStructuredTensorCUTLASS.from_dense(dense)
+        return found
+    sparse: Tensor = to_sparse_semi_structured(dense)
     return sparse
 
 
@@ -116,7 +142,9 @@ def to_semi_structured(
 ) -> Conversions:
     """Convert the 2:4 linear layers of a model in place, for inference, where that is faster.
 
-    State-dict keys stay; converted weights are semi-structured tensors that take no gradient.
+    State-dict keys stay; converted weights are semi-structured tensors that take no gradient. A layer is converted only
+    after its outputs were compared with the dense layer's, for inputs with two and with three dimensions. Inputs must
+    have the weight's dtype and, with three dimensions, be contiguous. Layers that are converted already are left alone.
 
     Args:
         model: On a CUDA device, in float16 or bfloat16.
@@ -133,7 +161,7 @@ def to_semi_structured(
     linear = {name: m for name, m in select_layers(model, layers).items() if type(m) is nn.Linear}
     if timer is None:
         _check_device(linear)
-    if not any(is_two_four(module.weight) for module in linear.values()):
+    if not any(is_converted(module.weight) or is_two_four(module.weight) for module in linear.values()):
         raise ExportError(
             "The model has no 2:4 linear layer",
             got=f"{len(linear)} linear layers",
@@ -168,18 +196,30 @@ def _decide(
 ) -> Conversion:
     weight = module.weight
     if reason := reason_against(weight):
-        return Conversion(name, False, f"left dense: {reason}")
+        return Conversion(name, False, reason if is_converted(weight) else f"left dense: {reason}")
+    x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
     try:
         sparse = nn.Parameter(convert(weight), requires_grad=False)
-    except (RuntimeError, NotImplementedError) as error:
-        return Conversion(name, False, f"left dense: {str(error).splitlines()[0]}")
-    candidate: Any = copy.copy(module)
-    candidate._parameters = {**module._parameters, "weight": sparse}
-    x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, device=weight.device)
-    dense_time, sparse_time = timer(module, x), timer(candidate, x)
+        candidate: Any = copy.copy(module)
+        candidate._parameters = {**module._parameters, "weight": sparse}
+        if (error := _difference(module, candidate, x)) > _ROUNDING * torch.finfo(weight.dtype).eps:
+            return Conversion(name, False, f"left dense: its outputs would change by {error:.2g}")
+        dense_time, sparse_time = timer(module, x), timer(candidate, x)
+    except RuntimeError as failure:  # also NotImplementedError, and memory that is not there
+        return Conversion(name, False, f"left dense: {str(failure).splitlines()[0]}")
     speedup = dense_time / sparse_time
     if speedup < min_speedup:
         reason = f"left dense: {speedup:.2f}× is below {min_speedup}×"
         return Conversion(name, False, reason, dense_time, sparse_time)
     module.weight = sparse
     return Conversion(name, True, f"{speedup:.2f}× faster", dense_time, sparse_time)
+
+
+def _difference(dense: nn.Module, sparse: nn.Module, x: Tensor) -> float:
+    """Largest relative difference of outputs: of all rows, of an odd number of them, and of a batch of sequences."""
+    found = [0.0]
+    for part in (x, x[:3], x[:6].reshape(2, -1, x.shape[-1]) if len(x) > 5 else x[:1, None]):
+        expected = dense(part).float()
+        change = (sparse(part).float() - expected).norm() / expected.norm().clamp(min=1e-30)
+        found.append(float(change) if bool(torch.isfinite(change)) else float("inf"))
+    return max(found)

@@ -38,7 +38,7 @@ def chart(
     rows: Sequence[Sequence[tuple[Row, float]]],
     axis: Axis,
     text: Callable[[float], str],
-    ticks: Sequence[float] | None = None,
+    ticks: Sequence[tuple[float, str]] | None = None,
 ) -> dict[str, Any]:
     """One chart: per layer a label and its bars, and the ticks of the axis below them.
 
@@ -47,7 +47,7 @@ def chart(
         rows: Per layer the row of each stage that has one, with the value to draw.
         axis: From values to percent of the track.
         text: Writes a value with its unit.
-        ticks: Values to write below the bars; by default a few round ones.
+        ticks: Values below the bars and what to write there; by default a few round ones.
     """
     entries = [
         {
@@ -57,17 +57,22 @@ def chart(
         }
         for bars in rows
     ]
-    ticks = axis.ticks() if ticks is None else ticks
+    ticks = [(tick, text(tick)) for tick in axis.ticks()] if ticks is None else ticks
     stride = max(1, math.ceil(len(ticks) / _LABELS))
     return {
         "title": title,
         "rows": entries,
-        "ticks": [{"left": axis(tick), "text": text(tick)} for tick in ticks[::stride]],
+        "ticks": [{"left": axis(tick), "text": label} for tick, label in ticks[::stride]],
     }
 
 
 def _bar(row: Row, length: float, text: str) -> dict[str, Any]:
-    return {"share": length, "text": text, "series": row["series"], "bad": not row["compressed"]}
+    return {"share": length, "text": text, "series": row["series"], "bad": failed(row)}
+
+
+def failed(row: Row) -> bool:
+    """True for a layer that could not be solved; one that a search left dense on purpose has not failed."""
+    return not row["compressed"] and str(row["status"]).startswith("kept")
 
 
 def percent(value: float) -> str:
@@ -89,7 +94,11 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     found = [
         chart("Relative output error, logarithmic [%]", errors, logarithmic(flat[0]), percent),
         chart(
-            "Zeros after the last stage [%]", zeros, linear([1.0]), lambda value: f"{100 * value:.3g} %", (0, 0.5, 1)
+            "Zeros after the last stage [%]",
+            zeros,
+            linear([1.0]),
+            lambda value: f"{100 * value:.3g} %",
+            [(0.0, "0 %"), (0.5, "50 %"), (1.0, "100 %")],
         ),
     ]
     if any(value > 0 for value in flat[1]):
@@ -97,5 +106,6 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         far = max(flat[1]) > _FAR * sorted(flat[1])[len(flat[1]) // 2]
         title = f"Time to solve{', logarithmic' if far else ''} [s]"
         axis = logarithmic([max(value, 0.01) for value in flat[1]]) if far else linear(flat[1])
-        found.append(chart(title, times, axis, lambda value: f"{value:.2f} s"))
+        ticks = [(tick, f"{number(tick)} s") for tick in axis.ticks()]
+        found.append(chart(title, times, axis, lambda value: f"{value:.2f} s", ticks))
     return found

@@ -197,7 +197,7 @@ def _series(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, colour: str, 
 
 def _labels(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> str:
     """Names beside their points, each moved down until it covers no other."""
-    body, taken = "", list[tuple[float, float]]()
+    body, taken = "", list[tuple[float, float, float]]()
     for point in points:
         text = str(point.get("label", ""))
         if not text:
@@ -205,9 +205,11 @@ def _labels(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> str:
         text = text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
         left, top = x(point["x"]), y(point["y"]) - 6
         right_half = left > (_LEFT + WIDTH) / 2
-        while any(abs(top - other) < 11 and half == right_half for other, half in taken):
+        first = left - (6 + 6 * len(text) if right_half else -6)
+        last = first + 6 * len(text)
+        while any(abs(top - other) < 11 and first < b and a < last for other, a, b in taken):
             top += 11
-        taken.append((top, right_half))
+        taken.append((top, first, last))
         anchor = 'text-anchor="end"' if right_half else 'text-anchor="start"'
         place = f'x="{left + (-6 if right_half else 6):.1f}" y="{top:.1f}"'
         body += f'<text class="tick" {place} {anchor}>{escape(text)}</text>'
@@ -288,5 +290,6 @@ def _round_counts(highest: float) -> list[float]:
     found = []
     for part in (highest / 9, 4 * highest / 9, highest):
         power = 10.0 ** math.floor(math.log10(max(part, 1.0)))
-        found.append(max(factor * power for factor in (1, 2, 3, 5, 8) if factor * power <= max(part, 1.0)))
+        factors = (1, 1.5, 2, 3, 4, 5, 6, 8) if power > 1 else (1, 2, 3, 4, 5, 6, 8)
+        found.append(max(factor * power for factor in factors if factor * power <= max(part, 1.0)))
     return sorted(set(found))

@@ -9,6 +9,7 @@ from typing import Any, Union
 
 from lightning_obc.errors import SpecError
 from lightning_obc.report import charts
+from lightning_obc.report.bars import percent
 from lightning_obc.report.document import write_formats
 from lightning_obc.report.html import page, safe
 from lightning_obc.report.record import Record, last_rows, load_record
@@ -103,6 +104,7 @@ def render_comparison_html(comparison: Mapping[str, Any]) -> str:
         "compare.html",
         comparison=comparison,
         trade_off=safe(charts.scatter(trade_off, "Trade-off")) if trade_off else None,
+        percent=percent,
     )
 
 
@@ -110,7 +112,7 @@ def render_comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The comparison as Markdown tables."""
     runs = comparison["runs"]
     errors = [
-        [layer["name"], *("–" if run is None else f"{100 * run['relative_error']:.3f}" for run in layer["runs"])]
+        [layer["name"], *("–" if run is None else charts.number(100 * run["relative_error"]) for run in layer["runs"])]
         for layer in comparison["layers"]
     ]
     parts = [

@@ -11,6 +11,7 @@ from typing import Any, Union
 
 from lightning_obc.errors import SpecError
 from lightning_obc.files import check_target, write_whole
+from lightning_obc.report.charts import number
 from lightning_obc.report.html import left_dense, render_html, tiles, trade_off_rows
 from lightning_obc.report.record import WORK, Record, bits_text, work_rows
 from lightning_obc.report.tables import markdown
@@ -75,8 +76,8 @@ def _stage(stage: dict[str, Any]) -> str:
             f"{100 * row['sparsity']:.1f}",
             bits_text(row),
             f"{row['loss']:.4g}",
-            f"{100 * row['relative_error']:.3f}",
-            "–" if row["held_out"] is None else f"{100 * row['held_out']:.3f}",
+            number(100 * row["relative_error"]),
+            "–" if row["held_out"] is None else number(100 * row["held_out"]),
             f"{row['seconds']:.2f}",
             row["status"].replace("|", "\\|"),
         ]

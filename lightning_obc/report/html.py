@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_obc.files import require
 from lightning_obc.report import charts
-from lightning_obc.report.bars import bar_charts
+from lightning_obc.report.bars import bar_charts, failed, percent
 from lightning_obc.report.record import WORK, Record, bits_text, last_rows, work_rows
 
 MOST = 24
@@ -44,7 +44,7 @@ def render_html(record: Record) -> str:
     rows = last_rows(record)
     shown = sorted(rows, key=lambda row: -row["loss"])[:MOST]
     names = [name for name in _order(record) if any(name == row["name"] for row in shown)]
-    histograms = {name: data for name, data in record["histograms"].items() if name in names}
+    histograms = {name: record["histograms"][name] for name in names if name in record["histograms"]}
     return page(
         "template.html",
         record=record,
@@ -54,6 +54,8 @@ def render_html(record: Record) -> str:
         trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
         points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
         bits_text=bits_text,
+        percent=percent,
+        failed=failed,
         work=[work_rows(stage) for stage in record["stages"]],
         work_columns=WORK,
         stages=[stage["stage"] for stage in record["stages"]],
@@ -101,7 +103,7 @@ def tiles(record: Record) -> list[dict[str, str]]:
     if size := record["sizes"]:
         found += [
             {"name": "zeros in these layers", "value": f"{100 * size['sparsity']:.1f} %"},
-            {"name": "bits per weight, with masks", "value": f"{size['bits_per_weight']:.2f}"},
+            {"name": "bits per weight with masks, dense 32", "value": f"{size['bits_per_weight']:.2f}"},
             {"name": "smaller in theory than float32", "value": f"{size['ratio']:.1f}×"},
         ]
     found += [

@@ -57,6 +57,24 @@ def test_every_level_of_every_layer_is_timed(net: Net, images: Tensor) -> None:
     assert costs["conv"]["w8+a8"] == table.seconds["conv"]["w8+a8"]
 
 
+def test_the_rest_of_the_network_is_overhead(net: Net, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_obc.export import model_runner
+
+    logits = model_runner(net, (images,))()[0]
+    assert logits.shape == (3, 6)
+    assert model_runner(net, {"x": images})()[0].shape == (3, 6)
+    clock = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    how: dict[str, Any] = {"runner": lambda *_: lambda: None, "repeats": 3}
+
+    def slow() -> None:
+        for _ in range(9):
+            next(clock)
+
+    assert measure_latency(net, select_layers(net), images, whole=slow, **how).overhead == 10 - 2
+    assert measure_latency(net, select_layers(net), images, **how).overhead == 0.0
+
+
 def test_the_floating_point_layer_computes_the_layer(net: Net, images: Tensor) -> None:
     from lightning_obc.export import layer_runner
 

@@ -9,7 +9,7 @@ import torch
 from compressed_models import compress_, residual_net
 
 from lightning_obc.errors import ExportError
-from lightning_obc.export import benchmark, benchmark_table, export_onnx, open_session
+from lightning_obc.export import Measurement, benchmark, benchmark_table, export_onnx, open_session, slower_files
 from lightning_obc.export.runtime import quantizes_activations
 from lightning_obc.specs import IntGrid
 
@@ -54,6 +54,19 @@ def test_files_run_in_turns_and_medians_are_compared(files):
     assert small.size == files["int8"].stat().st_size < dense.size / 2
     table = benchmark_table([dense, small])
     assert table.splitlines()[-1] == (f"| int8 | 2000.000 | 0.000 | 4.0 | {small.size / 2**20:.2f} | – | 2.00× |")
+
+
+def test_a_slower_file_is_called_slower():
+    def one(name: str, latency: float, size: int, speedup: float) -> Measurement:
+        return Measurement(name, latency, 0.001, 1 / latency, size, None, speedup, 1, 1, 9)
+
+    dense = one("dense.onnx", 0.010, 3000, 1.0)
+    assert slower_files([dense, one("a.onnx", 0.011, 1000, 0.91), one("b.onnx", 0.005, 1000, 2.0)]) == []
+    (text,) = slower_files([dense, one("a.onnx", 0.020, 1000, 0.5)])
+    assert text.startswith(
+        "a.onnx is slower than dense.onnx on this machine: 20.000 ms instead of 10.000 ms (0.50×), and 3.0×"
+    )
+    assert "without quantized activations" in text
 
 
 def test_memory_is_that_of_a_process_of_its_own(files):

@@ -340,3 +340,29 @@ def test_a_layer_that_only_one_run_has_is_shown_as_missing():
     row = next(layer for layer in comparison["layers"] if layer["name"] == "1")
     assert row["runs"][1] is None
     assert ["torch", version("torch"), "1.0"] in comparison["summary"]
+
+
+def test_small_times_and_errors_are_told_apart_from_zero():
+    rows = [
+        [{"name": "a", "relative_error": 3e-6, "sparsity": 0.5, "seconds": seconds, "series": 0}]
+        for seconds in (0.004, 0.01, 9.0)
+    ]
+    for (row,) in rows:
+        row |= {"compressed": True, "status": "ok"}
+    error, _, time = bar_charts(rows)
+    assert error["rows"][0]["text"] == "0.0003 %"
+    assert [tick["text"] for tick in time["ticks"]] == ["0.001 s", "0.1 s", "10 s"]
+
+
+def test_a_layer_that_a_search_leaves_dense_has_not_failed():
+    row = {"name": "a", "relative_error": 0.0, "sparsity": 0.0, "seconds": 0.0, "series": 0, "compressed": False}
+    for status, bad in (("dense", False), ("kept: no solution", True)):
+        (bar,) = bar_charts([[row | {"status": status}]])[0]["rows"][0]["bars"]
+        assert bar["bad"] is bad
+
+
+def test_names_of_points_keep_their_place_unless_they_cover_each_other():
+    points = [{"x": x, "y": 1.0, "label": label} for x, label in ((1, "left"), (2, "near"), (1.001, "same"))]
+    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points}, "Trade-off")
+    height = {label: float(y) for y, label in re.findall(r'y="([\d.]+)"[^>]*>(left|near|same)<', svg)}
+    assert height["left"] == height["near"] != height["same"]
