@@ -29,7 +29,7 @@ class WeightSample:
         """Evenly spaced rows of ``[g, R, d]``, at most ``most`` weights but at least one row."""
         flat = matrix.reshape(-1, matrix.shape[-1])
         count = min(len(flat), max(1, most // max(1, flat.shape[1])))
-        rows = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64).round().long()
+        rows = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64, device="cpu").round().long()
         return cls(rows, flat[rows.to(flat.device)].detach().float().cpu())
 
     def select(self, matrix: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class PositionSample:
         if wanted >= each:
             return None
         self.dropped = True
-        ranks = torch.rand(samples, each, generator=self._generator).argsort(1)[:, :wanted]
-        index = ranks.sort(1).values + each * torch.arange(samples)[:, None]
+        ranks = torch.rand(samples, each, generator=self._generator, device="cpu").argsort(1)[:, :wanted]
+        index = ranks.sort(1).values + each * torch.arange(samples, device="cpu")[:, None]
         return index.flatten(), float((each / wanted) ** 0.5)
 
 
