@@ -74,6 +74,19 @@ def test_the_cache_changes_nothing() -> None:
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
+@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize("mode", ["independent", "asymmetric"])
+def test_blocks_that_compute_on_another_device_have_the_same_bits(make: Any, mode: Any) -> None:
+    dense, found = make(), []
+    dense.config.use_cache = True  # Keys and values of all blocks in one object that they hand on.
+    for device in (None, "cpu:0"):
+        model = copy.deepcopy(dense)
+        spec = obc.Calibration(mode=mode, together="block", execution_device=device)
+        obc.compress(model, batches(), obc.Quantize(3, solver="gptq"), calibration=spec, on_failure="raise")
+        found.append(model.state_dict())
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_an_output_layer_tied_to_the_embedding_is_one_problem_with_it() -> None:
     model, dense = gpt2(), gpt2()
     assert "lm_head" in select_layers(model)

@@ -7,7 +7,7 @@ the same objects, and their host memory too: optimizers, hooks and views of it n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,7 +207,7 @@ class Offload:
             for tensor in tensors_of(module):
                 self._bring(tensor)
                 call.brought.append(tensor)
-        return tree_map(self._sent, args), tree_map(self._sent, kwargs)
+        return _mapped(self._sent, args), _mapped(self._sent, kwargs)
 
     def _behind(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._call
@@ -217,7 +217,7 @@ class Offload:
         if call.depth:
             return None
         try:
-            return tree_map(self._received, output)
+            return _mapped(self._received, output)
         finally:
             self._settle()
 
@@ -294,6 +294,11 @@ class Offload:
         for visitor in self._visitors.values():
             self._put_back(visitor)
         self._visitors = {}
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """The function on all that containers hold. Other objects, such as caches that blocks write to, are handed on."""
+    return tree_map(function, value, is_leaf=lambda x: not isinstance(x, (Mapping, list, tuple)))
 
 
 def _overlaps(tensor: Tensor) -> bool:

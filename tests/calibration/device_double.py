@@ -84,7 +84,10 @@ class DeviceDouble(TorchFunctionMode):
             return DEVICE if self.holds(args[0]) else func(*args)
         if func in (Tensor.to, Tensor.cpu):
             return self._moved(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is torch.tensor and kwargs.get("device") == DEVICE:
+            self.add(out)  # The dispatcher is not told of its device.
+        return out
 
     def _moved(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         to = [*args, *kwargs.values()]

@@ -79,6 +79,28 @@ def agreement() -> dict[str, Any]:
     return result(module, callback)
 
 
+def shared_work() -> dict[str, Any]:
+    """Nine layers for all ranks there are, without a Trainer, from batches of which no two have the same size."""
+    generator, names = torch.Generator().manual_seed(3), (0, 2, 4, 6, 8, 10, 12, 14, 16)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(layer for _ in names for layer in (nn.Linear(48, 48), nn.Tanh())))
+    batches = [torch.randn(size, 48, generator=generator) for size in (7, 40, 13, 32, 5, 24, 30, 9)]
+    stages = [obc.Prune(0.5), obc.Quantize(4)]
+    report = obc.compress(model, batches, stages, calibration=obc.Calibration(samples=160), ranks=obc.all_ranks())
+    return {
+        "weights": weights(model),
+        "losses": [[layer.loss for layer in stage.layers] for stage in report.stages],
+        "masks": {name: solution.mask for name, solution in report.stages[0].solutions.items()},
+        "samples": [stage.samples for stage in report.stages],
+        "work": [[share.flops for share in stage.work] for stage in report.stages],
+        "layers": [[share.layers for share in stage.work] for stage in report.stages],
+    }
+
+
+def four_ranks() -> dict[str, Any]:
+    return {"agreement": agreement(), "shared work": shared_work()}
+
+
 def fit() -> dict[str, Any]:
     """Pruning in the middle of training, quantization and batch-norm reset at its end, behind compiled modules."""
     stages = [obc.Prune("2:4", at={"epoch": 1}, layers=["conv"]), obc.Quantize(4), obc.Correct("batch_norm")]
@@ -150,7 +172,7 @@ def companions() -> dict[str, Any]:
 def two_ranks() -> dict[str, Any]:
     """All scenarios in one start of the processes, which takes longer than they do."""
     found = {"agreement": agreement(), "fit": fit(), "failures": failures(), "sharded": sharded()}
-    return found | {"companions": companions()}
+    return found | {"companions": companions(), "shared work": shared_work()}
 
 
 class Sharded(Source):

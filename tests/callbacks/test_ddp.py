@@ -23,7 +23,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OBC_TEST_FOLDER", str(tmp_path_factory.mktemp("alone")))
         patch.delenv("OBC_TEST_RANKS", raising=False)
-        return {"agreement": ddp_scenarios.agreement(), "sharded": ddp_scenarios.sharded()}
+        found = {"agreement": ddp_scenarios.agreement(), "sharded": ddp_scenarios.sharded()}
+        return found | {"shared work": ddp_scenarios.shared_work()}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,34 @@ def test_two_ranks_agree_with_one_device(alone: dict[str, Any], two: list[dict[s
 
 
 @pytest.mark.slow
-def test_four_ranks_agree_with_one_device(alone: dict[str, Any], tmp_path: Path) -> None:
-    check_agreement(alone["agreement"], run_processes("ddp_scenarios", "agreement", 4, tmp_path))
+def test_four_ranks_agree_with_one_device_and_each_has_a_quarter_of_the_work(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    four = run_processes("ddp_scenarios", "four_ranks", 4, tmp_path)
+    check_agreement(alone["agreement"], [rank["agreement"] for rank in four])
+    check_shared_work(alone["shared work"], [rank["shared work"] for rank in four])
+
+
+def check_shared_work(alone: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+    for key, value in alone["weights"].items():
+        assert all(torch.equal(rank["weights"][key], ranks[0]["weights"][key]) for rank in ranks), key
+        torch.testing.assert_close(ranks[0]["weights"][key], value, rtol=1e-4, atol=1e-6)
+    same = [(alone["masks"][name] == mask).flatten() for name, mask in ranks[0]["masks"].items()]
+    assert torch.cat(same).double().mean() >= 0.999
+    assert alone["samples"] == ranks[0]["samples"] == [160, 160]
+    for mine, theirs in zip(alone["losses"], ranks[0]["losses"], strict=True):
+        assert theirs == pytest.approx(mine, rel=1e-4)
+    # Nine equal layers: five and four, or three and three times two.
+    most = -(-9 // len(ranks))
+    for flops, layers in zip(ranks[0]["work"], ranks[0]["layers"], strict=True):
+        assert sum(layers) == 9
+        assert max(layers) == most
+        assert max(flops) == pytest.approx(sum(flops) * most / 9)
+        assert min(layers) >= 2
+
+
+def test_two_ranks_share_the_layers_of_a_network(alone: dict[str, Any], two: list[dict[str, Any]]) -> None:
+    check_shared_work(alone["shared work"], [rank["shared work"] for rank in two])
 
 
 def test_stages_in_training(two: list[dict[str, Any]], folder: Path) -> None:
