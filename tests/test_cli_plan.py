@@ -42,12 +42,13 @@ def test_plan_of_a_training_run(run, tmp_path, capsys):
 
 
 def test_plan_of_a_compression(run, tmp_path, capsys):
-    cli = run("compress", f"--config={DIGITS}", "--plan", "true")
+    cli = run("compress", f"--config={DIGITS}", "--calibration.execution_device=cpu:0", "--plan", "true")
     said = capsys.readouterr().out
     assert cli.result is None
     assert "Plan of Prune(2:4): 9 layers" in said
     assert "Plan of Quantize(int4 asym per channel): 10 layers" in said
     assert "1. after the validation of the dense model: Prune(2:4)" in said
+    assert "one block after the other on cpu:0: at most" in said
     assert list(tmp_path.iterdir()) == []
 
 

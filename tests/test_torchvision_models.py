@@ -9,8 +9,11 @@ more) is solved by the column-order solvers. What was left out is in the tests' 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import importlib.util
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,56 +25,29 @@ from lightning_obc.layers import select_layers, unsupported_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.planning import LayerPlan, StagePlan, plan_stage
 
-torchvision = pytest.importorskip("torchvision")
-models: Any = torchvision.models
+pytest.importorskip("torchvision")
 
 LIMIT = 5e9  # Most operations of a single OBS sweep.
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, the size of its images, and whether it detects objects."""
-
-    make: Callable[[], nn.Module]
-    size: int = 64
-    detects: bool = False
-
-    def batches(self) -> list[Any]:
-        generator = torch.Generator().manual_seed(1)
-        images = [torch.rand(2, 3, self.size, self.size, generator=generator) for _ in range(2)]
-        return [(list(pair), None) for pair in images] if self.detects else images
+def _benchmark() -> Any:
+    """The benchmark runs whole networks, minutes each; the networks and its checks are used here too."""
+    path = Path(__file__).parent.parent / "benchmarks" / "torchvision_networks.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _detector(name: str, **settings: Any) -> nn.Module:
-    return getattr(models.detection, name)(weights=None, weights_backbone=None, num_classes=5, **settings)
-
-
-CASES: dict[str, Case] = {
-    "resnet18": Case(models.resnet18),
-    "resnet50": Case(models.resnet50),
-    "mobilenet_v3_small": Case(models.mobilenet_v3_small),
-    "efficientnet_b0": Case(models.efficientnet_b0),
-    "convnext_tiny": Case(models.convnext_tiny),
-    "vit_b_16": Case(lambda: models.vit_b_16(image_size=32), 32),
-    "swin_t": Case(models.swin_t),
-    "fasterrcnn": Case(
-        lambda: _detector("fasterrcnn_mobilenet_v3_large_320_fpn", min_size=64, max_size=64), detects=True
-    ),
-    "ssdlite": Case(lambda: _detector("ssdlite320_mobilenet_v3_large"), detects=True),
-}
+benchmark = _benchmark()
+CASES: dict[str, Any] = benchmark.cases()
 QUICK = ("resnet18", "mobilenet_v3_small", "vit_b_16")
-# Parameters of two and more dimensions that are no weights of a layer.
-NO_LAYERS = ("layer_scale", "class_token", "pos_embedding", "relative_position_bias_table")
 
 
 def _model(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    model = CASES[name].make().eval()
-    for parameter in model.parameters():
-        # Some heads start at zero, which would make every check of them empty.
-        if parameter.dim() > 1 and not bool(parameter.any()):
-            nn.init.normal_(parameter, std=0.02)
-    return model
+    return CASES[name].model()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -81,7 +57,7 @@ def test_the_plan_accounts_for_every_weight(name: str) -> None:
     quantize, prune = (plan_stage(model, stage) for stage in stages)
     weights = {id(layer.module.weight) for layer in quantize.layers}
     rest = [key for key, p in model.named_parameters() if p.dim() > 1 and id(p) not in weights]
-    assert [key for key in rest if key.rpartition(".")[2] not in NO_LAYERS] == []
+    assert [key for key in rest if key.rpartition(".")[2] not in benchmark.NO_LAYERS] == []
     assert len(weights) == sum(p.dim() > 1 for p in model.parameters()) - len(rest)
     owners = {key.rpartition(".")[0] for key in rest}
     assert set(unsupported_layers(model)) == owners
@@ -177,8 +153,57 @@ def test_kinds_of_layers_that_are_always_wide(name: str) -> None:
 
 @pytest.mark.slow
 def test_a_whole_network() -> None:
-    """Every layer at once: by OBS up to the limit, the few wider ones by solvers that sweep nothing."""
-    plan = plan_stage(_model("mobilenet_v3_small"), obc.Quantize(4))
-    wide = [layer.name for layer in plan.layers if layer.sweep_flops > LIMIT]
-    assert 0 < len(wide) < len(plan.layers) // 4
-    _run_and_check("mobilenet_v3_small", list(plan.modules), ("obs", "obs"), wide)
+    """Every layer at once: by OBS up to the limit, the few wider ones in column order, as the benchmark does it."""
+    found = benchmark.run("mobilenet_v3_small", CASES["mobilenet_v3_small"], LIMIT, 4608)
+    solvers = [layer["quantize"]["solver"] for layer in found["layers"]]
+    assert 0 < solvers.count("gptq") < len(solvers) // 4
+    assert len(solvers) == 54
+
+
+class Stub(nn.Module):
+    """A network with a layer of each solver, one that 2:4 does not fit, and one that nothing handles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = nn.Linear(3, 8), nn.Linear(8, 16)
+        self.widest, self.norm = nn.Linear(16, 4), nn.BatchNorm1d(4)
+        self.layer_scale = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.mean((2, 3))).relu()
+        return self.norm(self.widest(self.wide(x).relu())) * self.layer_scale.T
+
+
+def test_the_benchmark_of_whole_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
+    monkeypatch.setattr(benchmark, "cases", lambda: {"stub": benchmark.Case(Stub, 4)})
+    monkeypatch.setitem(sys.modules, "machine", SimpleNamespace(describe=lambda: "some machine"))
+    limits = ["--limit", "1000", "--widest", "10", "--name", "nets"]
+    assert benchmark.main(limits) == 0
+    text = (tmp_path / "nets.md").read_text()
+    assert "| stub | 3 | 0 / 1 / 1 | 1 | 1 / 1 / 1 |" in text
+    assert "stem of stub" in text
+    # What does not hold gives no figures.
+    monkeypatch.setattr(benchmark, "check_state", lambda *_: benchmark.check(False, "made to fail"))
+    assert benchmark.main([*limits[:4], "--name", "red"]) == 1
+    assert "a check is red, no figures: made to fail" in capsys.readouterr().err
+    assert not (tmp_path / "red.md").exists()
+
+
+def test_the_checks_of_the_benchmark_can_fail() -> None:
+    model = nn.Sequential(nn.Linear(32, 2), nn.Linear(2, 2))
+    quantize = plan_stage(model, obc.Quantize(4))
+    prune = plan_stage(model, obc.Prune("2:4", misfit="skip"))
+    with pytest.raises(benchmark.CheckError, match="0 has more than 16 values"):
+        benchmark.check_layers(model, prune, quantize)
+    nn.init.ones_(model[0].weight)
+    with pytest.raises(benchmark.CheckError, match="0 is not 2:4"):
+        benchmark.check_layers(model, prune, quantize)
+    model[0].weight.data[:, ::2] = 0
+    benchmark.check_layers(model, prune, quantize)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(benchmark.CheckError, match=r"changed, or not: \['0.weight', '1.weight'\]"):
+        benchmark.check_state(model, before, quantize.modules)
+    assert benchmark.left_over(model, {"0": model[0], "1": model[1]}) == []
+    model.extra = nn.Parameter(torch.zeros(2, 2))
+    assert benchmark.left_over(model, {"0": model[0], "1": model[1]}) == ["extra"]
