@@ -85,6 +85,32 @@ def _fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
 fetch: Any = intrinsic(_fetch)
 
 
+STRIP = 16
+
+
+def make_strip(target_ld: int, source_ld: int) -> Any:
+    """An intrinsic ``f(target, target_at, source, source_at)`` that copies ``STRIP`` elements at fixed distances.
+
+    Unrolled, because what a loop around a load and a store adds takes longer than they do.
+    """
+
+    def strip(typingctx, target, target_at, source, source_at):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            into, out_of = (
+                builder.gep(make_array(signature.args[k])(context, builder, args[k]).data, [args[k + 1]])
+                for k in (0, 2)
+            )
+            for k in range(STRIP):
+                place = builder.gep(out_of, [ir.Constant(ir.IntType(64), k * source_ld)])
+                value = builder.load_atomic(place, "unordered", source.dtype.bitwidth // 8)
+                builder.store(value, builder.gep(into, [ir.Constant(ir.IntType(64), k * target_ld)]))
+            return context.get_dummy_value()
+
+        return types.void(target, types.intp, source, types.intp), codegen
+
+    return intrinsic(strip)
+
+
 def aligned(size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Uninitialised memory that starts at a cache line, so that no tile straddles one."""
     raw = np.empty(size * dtype.itemsize + 64, np.uint8)

@@ -18,7 +18,8 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, fetch
+from lightning_obc.kernels.obs_sweep.jit import STRICT, STRIP, cached, fetch, make_strip
+from lightning_obc.kernels.obs_sweep.lanes import LANES, copy
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
 
 Array = NDArray[np.floating]
@@ -70,19 +71,43 @@ def pack(matrix: Array, packed: Array) -> None:
                 packed[start + np.uint64(k)] = 0
 
 
+_strip_to_line = make_strip(1, WIDTH)
+_strip_to_strip = make_strip(WIDTH, WIDTH)
+
+
+@_jit
+def _column_to_line(packed: Array, source: int, line: Array, target: int, count: int) -> None:
+    """``count`` elements down a column block, one after the other."""
+    whole = count & -STRIP
+    for k in range(0, whole, STRIP):
+        _strip_to_line(line, target + k, packed, source + k * WIDTH)
+    for k in range(whole, count):
+        line[np.uint64(target + k)] = packed[np.uint64(source + k * WIDTH)]
+
+
+@_jit
+def _column_to_column(packed: Array, source: int, target: int, count: int) -> None:
+    """``count`` elements down a column block, down another place of the same matrix."""
+    whole = count & -STRIP
+    for k in range(0, whole, STRIP):
+        _strip_to_strip(packed, target + k * WIDTH, packed, source + k * WIDTH)
+    for k in range(whole, count):
+        packed[np.uint64(target + k * WIDTH)] = fetch(packed, np.uint64(source + k * WIDTH))
+
+
 @_jit
 def gather(packed: Array, size: int, pivot: int, panel: Array, step: int, steps: int) -> None:
     """Column ``pivot`` of the leading ``size`` rows into the panel, zeros behind it up to the end of its chunk."""
     for first in range(0, pivot, CHUNK):
-        source, target = np.uint64(at(first, pivot)), np.uint64(panel_at(first, step, steps))
-        for k in range(min(CHUNK, pivot - first)):
-            panel[target + np.uint64(k)] = packed[source + np.uint64(k * WIDTH)]
-    for block in range(pivot // WIDTH, (size + WIDTH - 1) // WIDTH):
-        first = max(pivot, block * WIDTH)
-        last = min(size, (block + 1) * WIDTH)
-        source, target = np.uint64(at(pivot, first)), np.uint64(panel_at(first, step, steps))
-        for k in range(last - first):
-            panel[target + np.uint64(k)] = packed[source + np.uint64(k)]
+        # A strip may reach beyond the pivot, into what is overwritten next.
+        count = (min(CHUNK, pivot - first) + STRIP - 1) & -STRIP
+        _column_to_line(packed, at(first, pivot), panel, panel_at(first, step, steps), count)
+    behind = (pivot + LANES - 1) & -LANES
+    source, target = np.uint64(at(pivot, pivot)), np.uint64(panel_at(pivot, step, steps))
+    for k in range(behind - pivot):
+        panel[target + np.uint64(k)] = packed[source + np.uint64(k)]
+    for first in range(behind, size, LANES):
+        copy(panel, panel_at(first, step, steps), packed, at(pivot, first))
     target = np.uint64(panel_at(size, step, steps))
     for k in range(-size % CHUNK):
         panel[target + np.uint64(k)] = 0
@@ -158,9 +183,8 @@ def _refill_rows(packed: Array, size: int, hole: IntArray, mover: IntArray, move
         end = min(first + WIDTH, size)
         for k in range(moves):
             start = max(first, hole[k] + 1)
-            source, target = np.uint64(at(start, mover[k])), np.uint64(at(hole[k], start))
-            for i in range(end - start):
-                packed[target + np.uint64(i)] = packed[source + np.uint64(i * WIDTH)]
+            if start < end:
+                _column_to_line(packed, at(start, mover[k]), packed, at(hole[k], start), end - start)
 
 
 @_jit
@@ -168,9 +192,8 @@ def _refill_columns(first: int, packed: Array, size: int, hole: IntArray, mover:
     """The part of every hole above its diagonal, in one block of rows."""
     end = min(first + WIDTH, size)
     for k in range(moves):
-        source, target = np.uint64(at(first, mover[k])), np.uint64(at(first, hole[k]))
-        for i in range(min(end, hole[k]) - first):
-            packed[target + np.uint64(i * WIDTH)] = fetch(packed, source + np.uint64(i * WIDTH))
+        if hole[k] > first:
+            _column_to_column(packed, at(first, mover[k]), at(first, hole[k]), min(end, hole[k]) - first)
 
 
 @_jit

@@ -16,6 +16,7 @@ import numpy as np
 
 from lightning_obc.kernels.obs_sweep.choose import choose, score
 from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, finite, source_digest
+from lightning_obc.kernels.obs_sweep.lanes import LANES, pivot_step
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     Array,
@@ -208,12 +209,8 @@ def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, step
 
 @_jit
 def _advance(panel: Array, at: int, weight: Array, diagonal: Array, start: int, inverse_root: Any, z: Any) -> None:
-    for k in range(CHUNK):
-        i, j = np.uint64(start) + np.uint64(k), np.uint64(at) + np.uint64(k)
-        v = panel[j] * inverse_root
-        panel[j] = v
-        weight[i] -= z * v
-        diagonal[i] -= v * v
+    for k in range(0, CHUNK, LANES):
+        pivot_step(inverse_root, z, panel, at + k, weight, start + k, diagonal, start + k)
 
 
 @_jit
