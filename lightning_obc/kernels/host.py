@@ -56,3 +56,13 @@ def flat_rows(tensor: Tensor) -> NDArray[Any]:
     """``[…, d]`` on the host as ``[P, d]``, without a copy where the tensor is contiguous."""
     array = np.ascontiguousarray(tensor.detach().numpy())
     return array.reshape(-1, tensor.shape[-1])
+
+
+def symmetric(matrix: Tensor) -> NDArray[Any]:
+    """``[g, d, d]`` on the host, symmetric, in rows or in columns, which are the same: a copy only where it is neither.
+
+    LAPACK returns its results in columns, and turning them around takes longer than some sweeps' checks and setup.
+    """
+    array = matrix.detach().numpy()
+    turned = array.transpose(0, 2, 1)
+    return turned if turned.flags.c_contiguous else np.ascontiguousarray(array)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
-from lightning_obc.kernels.host import flat_rows
+from lightning_obc.kernels.host import flat_rows, symmetric
 from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import padded_columns, resolve_budget, rowwise_product, submatrix
 
@@ -98,7 +98,7 @@ def _refit_on_host(
         rows = np.flatnonzero(moved & form)
         if matrix is None or len(rows) == 0:
             continue
-        array = np.ascontiguousarray(matrix.detach().numpy())
+        array = symmetric(matrix)
         weight, good = compiled.refit(array, target, kept, rows, by_kept, _REFINEMENTS, threads, budget)
         result[rows], left[rows] = weight[rows], ~good[rows]
     result += 0.0

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_obc.kernels.host import filled, flat_rows, numpy_type
+from lightning_obc.kernels.host import filled, flat_rows, numpy_type, symmetric
 from lightning_obc.kernels.obs_sweep import block_rows as kernel
 from lightning_obc.kernels.obs_sweep.block_state import (
     LANES,
@@ -20,10 +20,9 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     BlockScratch,
     teams,
 )
-from lightning_obc.kernels.obs_sweep.compiled import NARROW, NARROW_STEPS, STEPS, worn_ratio
+from lightning_obc.kernels.obs_sweep.compiled import NARROW_STEPS, STEPS, shared_options
 from lightning_obc.kernels.obs_sweep.jit import aligned
 from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
-from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
 from lightning_obc.kernels.threads import run_blocks
 
@@ -48,7 +47,7 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
     broken = filled((groups, rows), 0, torch.bool, device)
     source = _problem(problem, members)
     result = BlockResult(flat_rows(order), flat_rows(losses), count.view(-1).numpy(), broken.view(-1).numpy())
-    options = _options(problem.weight.dtype, rows, size)
+    options = BlockOptions(size=size, **shared_options(problem.weight))
     positions, total = teams(blocks) * LANES * size, groups * rows
     each = packed_size(positions) * (problem.weight.itemsize + 8)
     threads = max(1, min(torch.get_num_threads(), total, memory_budget // max(1, each)))
@@ -75,34 +74,13 @@ def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
     spread = np.eye(len(column), dtype=packed.dtype)
     at = real.nonzero().flatten().numpy()
     here, there = np.ix_(at, at), np.ix_(column.numpy()[at], column.numpy()[at])
-    for g, inverse in enumerate(problem.inverse.detach().numpy()):
+    for g, inverse in enumerate(symmetric(problem.inverse)):
         spread[here] = inverse[there]
         pack(spread, packed[g])
     zeros = np.zeros((0, columns), np.bool_) if problem.keep is None else flat_rows(~problem.keep)
-    hessian = problem.hessian.detach().contiguous().numpy()
+    hessian = symmetric(problem.hessian)
     lines = np.ascontiguousarray(members.numpy(), np.int32)
     return BlockProblem(flat_rows(problem.weight), packed, hessian, zeros, lines, position.numpy())
-
-
-def _options(dtype: torch.dtype, rows: int, size: int) -> BlockOptions:
-    numpy_dtype = numpy_type(dtype)
-    scalar = numpy_dtype.type
-    return BlockOptions(
-        rows=rows,
-        size=size,
-        big=scalar(np.finfo(numpy_dtype).max / 4),
-        zero=scalar(0),
-        half=scalar(0.5),
-        one=scalar(1),
-        worn=scalar(worn_ratio(numpy_dtype)),
-        steps=STEPS,
-        narrow_steps=NARROW_STEPS,
-        narrow=NARROW,
-        flush_width=flush_columns(numpy_dtype),
-        panel_width=panel_columns(numpy_dtype),
-        flush_width64=flush_columns(np.dtype(np.float64)),
-        panel_width64=panel_columns(np.dtype(np.float64)),
-    )
 
 
 def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> BlockScratch:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from lightning_obc.kernels.host import flat_rows, numpy_type
+from lightning_obc.kernels.host import flat_rows, numpy_type, symmetric
 from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.jit import aligned
@@ -49,7 +50,7 @@ def _threads(rows: int, columns: int, itemsize: int, budget: int) -> int:
 def _problem(plan: SweepPlan) -> Problem:
     source = plan.problem
     groups, _, columns = source.weight.shape
-    inverse = source.inverse.detach().contiguous().numpy()
+    inverse = symmetric(source.inverse)
     packed = np.empty((groups, packed_size(columns)), inverse.dtype)
     for g in range(groups):
         pack(inverse[g], packed[g])
@@ -59,7 +60,7 @@ def _problem(plan: SweepPlan) -> Problem:
     scale, zero_point = (
         (none, none) if plan.grid is None else (flat_rows(plan.grid.scale), flat_rows(plan.grid.zero_point))
     )
-    hessian = source.hessian.detach().contiguous().numpy()
+    hessian = symmetric(source.hessian)
     return Problem(flat_rows(source.weight), packed, hessian, zeros, scale, zero_point, *_groups(plan))
 
 
@@ -81,30 +82,37 @@ def _result(out: SweepOutput, columns: int) -> Result:
 
 
 def _options(plan: SweepPlan) -> Options:
-    numpy_dtype = numpy_type(plan.problem.weight.dtype)
-    scalar = numpy_dtype.type
-    info = np.finfo(numpy_dtype)
+    scalar = numpy_type(plan.problem.weight.dtype).type
     return Options(
-        rows=plan.problem.weight.shape[1],
         quantize=plan.grid is not None,
         max_code=scalar(0 if plan.grid is None else plan.grid.max_code),
         outlier=scalar((0.5 * (1 + OUTLIER_TOLERANCE)) ** 2),
-        big=scalar(info.max / 4),
-        zero=scalar(0),
-        half=scalar(0.5),
-        one=scalar(1),
-        worn=scalar(worn_ratio(numpy_dtype)),
-        steps=STEPS,
-        narrow_steps=NARROW_STEPS,
-        narrow=NARROW,
-        flush_width=flush_columns(numpy_dtype),
-        panel_width=panel_columns(numpy_dtype),
-        flush_width64=flush_columns(np.dtype(np.float64)),
-        panel_width64=panel_columns(np.dtype(np.float64)),
+        **shared_options(plan.problem.weight),
     )
 
 
-def worn_ratio(dtype: np.dtype[Any]) -> float:
+def shared_options(weight: Tensor) -> dict[str, Any]:
+    """What the sweeps over columns and over blocks have in common, in the dtype of the weights ``[g, R, d]``."""
+    dtype, double = numpy_type(weight.dtype), np.dtype(np.float64)
+    scalar = dtype.type
+    return {
+        "rows": weight.shape[1],
+        "big": scalar(np.finfo(dtype).max / 4),
+        "zero": scalar(0),
+        "half": scalar(0.5),
+        "one": scalar(1),
+        "worn": scalar(_worn_ratio(dtype)),
+        "steps": STEPS,
+        "narrow_steps": NARROW_STEPS,
+        "narrow": NARROW,
+        "flush_width": flush_columns(dtype),
+        "panel_width": panel_columns(dtype),
+        "flush_width64": flush_columns(double),
+        "panel_width64": panel_columns(double),
+    }
+
+
+def _worn_ratio(dtype: np.dtype[Any]) -> float:
     """How far a pivot may shrink since its row's last float64 start: as many digits are left to either precision."""
     return float(WORN_FLOAT32 * np.finfo(np.float32).eps / np.finfo(dtype).eps)
 

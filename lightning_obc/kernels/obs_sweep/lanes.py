@@ -109,4 +109,4 @@ def _step(typingctx, scale, z, column, column_at, weight, weight_at, diagonal, d
     return types.void(column.dtype, column.dtype, *run), codegen
 
 
-pivot_step = intrinsic(_step)
+pivot_step: Any = intrinsic(_step)
