@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from xml.etree import ElementTree
 
 import torch
 from gpu_plan import RESNET50, WIDE, Shape
@@ -42,6 +42,8 @@ from lightning_obc.linalg import safe_inverse
 
 ROOT = Path(__file__).parent.parent
 Sweep = Callable[..., SweepOutput]
+# What can become of a test but passing, as JUnit's format calls it.
+BAD = ("failure", "error", "skipped")
 
 
 @dataclass(frozen=True)
@@ -173,14 +175,21 @@ def tests(place: Place) -> None:
     files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     if place.rehearse:
         files = [ROOT / "tests" / "export" / "test_semi_structured.py"]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", *map(str, files)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    print(done.stdout[-4000:], done.stderr[-2000:])
-    counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout.splitlines()[-1])
-    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    place.save({"counts": {what: int(count) for count, what in counts}, "failures": failures[:40]})
-    if done.returncode:
-        raise SystemExit(done.returncode)
+    # Its lines go to the log as they come, so that a time limit shows how far it got.
+    result = place.saved.with_suffix(".xml")
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", f"--junitxml={result}"]
+    code = subprocess.run([*command, *map(str, files)], cwd=ROOT).returncode
+    if result.exists():
+        cases = list(ElementTree.parse(result).getroot().iter("testcase"))
+        names = {what: [_name(case) for case in cases if case.find(what) is not None] for what in BAD}
+        counts = {"passed": len(cases) - sum(map(len, names.values())), **{what: len(names[what]) for what in BAD}}
+        place.save({"counts": counts, "failures": [*names["failure"], *names["error"]][:40]})
+    if code:
+        raise SystemExit(code)
+
+
+def _name(case: ElementTree.Element) -> str:
+    return f"{case.get('classname')}::{case.get('name')}"
 
 
 def shapes(place: Place) -> None:
