@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +19,15 @@ HALVES = Hessian((X @ X.mT)[:, None] / 80, samples=(80, 80))
 WHOLE = HALVES.halves.mean(0)[0]
 WEIGHT = torch.randn(4, 24)
 SPARSE = WEIGHT * (torch.arange(24) % 5 > 0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def prune(pattern: object, weight: Tensor = WEIGHT, hessian: object = WHOLE, **options: object) -> Callable[[], object]:
