@@ -74,6 +74,7 @@ RECIPES: dict[str, tuple[list[Any], obc.Calibration]] = {
     "independent": ([obc.Prune(0.6, damping="auto"), obc.Quantize(4, refine=True)], EIGHT),
     "memory": ([obc.Prune("2:4", layers=["wide", "head"])], obc.Calibration(batch_size=8, memory="300 KiB")),
     "sequential": ([obc.Quantize(3)], obc.Calibration(batch_size=8, mode="sequential", bias=True)),
+    "elsewhere": ([obc.Quantize(3)], obc.Calibration(batch_size=8, mode="sequential", execution_device="cpu:0")),
     "asymmetric": ([obc.Prune(0.5)], obc.Calibration(batch_size=8, mode="asymmetric", together="all")),
     "batch norm": ([obc.Prune(0.5), obc.Correct("batch_norm")], EIGHT),
     "statistics": ([obc.Prune(0.7), obc.Correct("statistics"), obc.Correct("bias")], EIGHT),

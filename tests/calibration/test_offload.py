@@ -312,6 +312,22 @@ def test_after_an_error_everything_is_back_on_the_host(error: type[BaseException
     model(batches[0])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_bits_are_those_of_a_model_that_is_there() -> None:
+    stages = [obc.Prune("2:4", layers=["blocks.*"], backend="torch"), obc.Quantize(4, backend="torch")]
+    for options in MODES["independent"], MODES["block"]:
+        model, batches = made(Chain)
+        moved = copy.deepcopy(model)
+        obc.compress(model.cuda(), batches, stages, calibration=obc.Calibration(**options), on_failure="raise")
+        before = torch.cuda.memory_allocated()
+        spec = obc.Calibration(execution_device="cuda", **options)
+        obc.compress(moved, batches, stages, calibration=spec, on_failure="raise")
+        assert torch.cuda.memory_allocated() <= before
+        assert all(tensor.device.type == "cpu" for tensor in (*moved.parameters(), *moved.buffers()))
+        assert same_bits(model.cpu(), moved)
+
+
 def test_plan_says_what_is_needed_and_refuses_by_name() -> None:
     model, batches = made(Chain)
     # 48 inputs: two halves of 18 KiB, and 16 inputs 4 KiB; a block is 7.5 KiB; solving 150 KiB.
