@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from lightning_obc.correction_spec import Correct
     from lightning_obc.distributed import all_ranks
-    from lightning_obc.export import export_onnx, load_packed, save_packed, to_semi_structured
+    from lightning_obc.export import export_onnx, load_packed, save_packed, shrink, to_semi_structured
     from lightning_obc.forecast import Plan, plan
     from lightning_obc.grids import Grid
     from lightning_obc.hessian import Hessian
@@ -64,6 +64,7 @@ _HOME = {
     "export_onnx": "lightning_obc.export",
     "load_packed": "lightning_obc.export",
     "save_packed": "lightning_obc.export",
+    "shrink": "lightning_obc.export",
     "to_semi_structured": "lightning_obc.export",
     "Gradual": "lightning_obc.schedules",
     "Plateau": "lightning_obc.schedules",
@@ -119,6 +120,7 @@ __all__ = [
     "plan",
     "save_packed",
     "search",
+    "shrink",
     "to_semi_structured",
 ]
 

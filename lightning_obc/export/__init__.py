@@ -10,6 +10,7 @@ from lightning_obc.export.packed import PackedFile, load_packed, read_packed, sa
 from lightning_obc.export.ranges import ActivationRange
 from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session, slower_files
 from lightning_obc.export.semi_structured import Conversion, Conversions, to_semi_structured
+from lightning_obc.export.shrink import Shrunk, shrink
 from lightning_obc.export.weights import CompressedWeight, compressed_state, named_layers
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Measurement",
     "OnnxExport",
     "PackedFile",
+    "Shrunk",
     "benchmark",
     "benchmark_table",
     "compressed_state",
@@ -33,6 +35,7 @@ __all__ = [
     "read_packed",
     "save_compressed_tensors",
     "save_packed",
+    "shrink",
     "slower_files",
     "to_semi_structured",
 ]
