@@ -45,13 +45,19 @@ class Display:
         self._lines = not enabled and trainer.is_global_zero
         self._tasks: dict[str, Any] = {}
         self._drawn = 0.0
+        self._window: float | None = None
 
     def __enter__(self) -> Display:
+        if self._rich is not None:
+            # Rich takes the speed from the last half minute only: a layer that takes longer would have no time left.
+            self._window, self._rich.speed_estimate_period = self._rich.speed_estimate_period, float("inf")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         for phase in list(self._tasks):
             self._end(phase)
+        if self._rich is not None and self._window is not None:
+            self._rich.speed_estimate_period = self._window
 
     def update(self, description: str, completed: float, total: float) -> None:
         """Move the bar of a phase: the part of the description before the first ``": "``. A total of 0 is unknown."""

@@ -78,9 +78,30 @@ def test_the_rich_bar_shows_time_left_and_forgets_it_afterwards(tmp_path, capsys
         assert probe.seen[hook] == expected, hook
         assert probe.after[hook] == [], hook
     drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console["file"].getvalue())
-    assert re.search(r"Prune\(2:4\): conv .*(25|37)/100 +0:00:0\d • 0:00:0\d", drawn), drawn[-3000:]
+    assert re.search(r"Prune\(2:4\): conv .*(25|37)/100 +\d:\d\d:\d\d • \d:\d\d:\d\d", drawn), drawn[-3000:]
     # Before the bar has started there is a bar of our own.
     assert probe.seen["train_start"] == expected or "Prune(2:4): conv:  38%" in capsys.readouterr().out
+
+
+def test_the_rich_bar_shows_time_left_of_layers_that_take_minutes(tmp_path):
+    class SlowLayers(Callback):
+        def on_train_epoch_start(self, trainer, pl_module) -> None:
+            progress, minutes = trainer.progress_bar_callback.progress, iter(range(100))
+            usual, clock = progress.speed_estimate_period, progress.get_time
+            progress.get_time = lambda: 60.0 * next(minutes)
+            with Display(trainer) as shown:
+                for done in range(4):
+                    shown.update("Prune(2:4): conv", done * 1e9, 8e9)
+                self.seen = rich_tasks(trainer)
+            self.restored = progress.speed_estimate_period == usual
+            progress.get_time = clock
+
+    slow = SlowLayers()
+    bar = RichProgressBar(console_kwargs={"file": io.StringIO(), "force_terminal": True})
+    trainer = quiet_trainer(tmp_path, bar, slow, max_epochs=1, enable_progress_bar=True)
+    trainer.fit(Small(), loader())
+    assert slow.seen == [("Prune(2:4): conv", 37, 100, True)]
+    assert slow.restored
 
 
 def test_the_tqdm_bar_has_a_transient_one_beside_it(tmp_path, capsys):
