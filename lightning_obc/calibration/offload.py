@@ -298,7 +298,12 @@ class Offload:
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
     """The function on all that containers hold. Other objects, such as caches that blocks write to, are handed on."""
-    return tree_map(function, value, is_leaf=lambda x: not isinstance(x, (Mapping, list, tuple)))
+
+    def is_leaf(x: Any) -> bool:
+        # The lengths in a packed sequence stay on the host, wherever its data is.
+        return isinstance(x, PackedSequence) or not isinstance(x, (Mapping, list, tuple))
+
+    return tree_map(function, value, is_leaf=is_leaf)
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from device_double import DEVICE, DeviceDouble
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lightning_obc as obc
 from lightning_obc.calibration import Collector, DenseWeights
@@ -203,6 +204,34 @@ def test_every_kind_of_network_has_the_statistics_of_a_pass_that_moves_nothing(
         halves = {name: (one.hessian if paired else one).halves for name, one in found.items()}
         assert all(map(double.holds, halves.values()))
     assert all(torch.equal(halves[name], hessian.halves) for name, hessian in expected.items())
+
+
+def test_lengths_of_packed_sequences_stay_on_the_host() -> None:
+    places: list[tuple[bool, ...]] = []
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.GRU(8, 8, batch_first=True) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, [5, 4, 2], batch_first=True)
+            for block in self.blocks:
+                packed, _ = block(packed)
+            return pad_packed_sequence(packed, batch_first=True)[0]
+
+    model = Recurrent()
+    with DeviceDouble() as double:
+        spec = obc.Calibration(execution_device=str(DEVICE))
+        # PyTorch's own code around packed sequences asks for the real device, so mixing cannot be looked for here.
+        collect = Collector(model, [torch.randn(3, 5, 8)], spec)
+        with collect.executing():
+            for block in model.blocks:
+                block.register_forward_pre_hook(
+                    lambda _, args: places.append((double.holds(args[0].data), double.holds(args[0].batch_sizes)))
+                )
+            collect(select_layers(model))
+    assert places == [(True, False)] * 2
 
 
 def test_peak_is_the_largest_block_its_statistics_and_one_batch() -> None:
