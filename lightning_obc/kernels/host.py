@@ -58,6 +58,13 @@ def flat_rows(tensor: Tensor) -> NDArray[Any]:
     return array.reshape(-1, tensor.shape[-1])
 
 
+def flat_double_rows(tensor: Tensor) -> NDArray[np.float64]:
+    """A float64 copy of :func:`flat_rows`, of any floating type."""
+    if tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        tensor = tensor.double()  # NumPy has no such type
+    return flat_rows(tensor).astype(np.float64)
+
+
 def symmetric(matrix: Tensor) -> NDArray[Any]:
     """``[g, d, d]`` on the host, symmetric, in rows or in columns, which are the same: a copy only where it is neither.
 

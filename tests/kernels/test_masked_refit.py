@@ -49,6 +49,18 @@ def test_refit_equals_the_row_by_row_solve(
         assert torch.equal(got[0, 0], dense[0, 0].double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_of_any_floating_type_are_refitted_as_their_float64_values(dtype: torch.dtype) -> None:
+    result = safe_inverse(hessian(2, 33, 99), 1e-2)
+    generator = torch.Generator().manual_seed(2)
+    dense = torch.randn(2, 3, 33, generator=generator).to(dtype)
+    mask = torch.rand(2, 3, 33, generator=generator) < 0.6
+    got = masked_refit(result.damped_hessian, dense, mask, inverse=result.inverse)
+    wide = masked_refit(result.damped_hessian, dense.double(), mask, inverse=result.inverse)
+    assert got.dtype == torch.float64
+    assert torch.equal(got, wide)
+
+
 def test_refit_is_not_worse_than_any_perturbation() -> None:
     result = safe_inverse(hessian(1, 15, 40), 1e-2)
     h = result.damped_hessian[0]

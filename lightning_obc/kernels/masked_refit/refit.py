@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
-from lightning_obc.kernels.host import flat_rows, symmetric
+from lightning_obc.kernels.host import flat_double_rows, flat_rows, symmetric
 from lightning_obc.kernels.row_pool import Tensors, by_rows, task
 from lightning_obc.linalg import padded_columns, resolve_budget, rowwise_product, submatrix
 
@@ -87,7 +87,7 @@ def _refit_on_host(
     """Compiled; returns the weights, and on which rows ``[g, R]`` they are not right, None where on none."""
     from lightning_obc.kernels.masked_refit import compiled
 
-    target = flat_rows(dense).astype(np.float64)
+    target = flat_double_rows(dense)
     kept = flat_rows(mask)
     count, columns = kept.sum(1), kept.shape[1]
     few_pruned = (2 * count > columns) & (inverse is not None)
