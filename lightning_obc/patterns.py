@@ -123,6 +123,18 @@ class Structured(Pattern):
         return f"structured {self.sparsity:.4g}"
 
 
+def _meant(value: float) -> str:
+    """What a number outside of [0, 1) may have been: YAML reads ``n:m`` in base 60; others write percentages."""
+    meant = []
+    # NaN and infinity have no digits; 90 is hardly 1:30, so only groups of up to 16 count.
+    n, m = divmod(int(value), 60) if 0 < value < 3600 and value == int(value) else (0, 0)
+    if 0 < n < m <= 16:
+        meant.append(f'YAML reads an unquoted {n}:{m} as the number {value:g}; write the pattern in quotes, "{n}:{m}"')
+    if 1 < value < 100:
+        meant.append(f"{value:g} % of zeros is {value / 100:g}")
+    return "; or ".join(meant) or 'write N:M patterns in quotes, "2:4", and sparsity as a fraction, 0.5'
+
+
 def parse_pattern(value: Union[str, float, Pattern]) -> Pattern:
     """Turn the shorthand of a stage into a pattern: ``"2:4"`` is ``NM(2, 4)``, ``0.5`` is ``Unstructured(0.5)``.
 
@@ -150,7 +162,7 @@ def parse_pattern(value: Union[str, float, Pattern]) -> Pattern:
                 "A pattern given as a number lies outside [0, 1)",
                 got=value,
                 expected="a fraction of zeros such as 0.5",
-                remedy='YAML reads an unquoted 2:4 as the number 124; write the pattern in quotes, "2:4"',
+                remedy=_meant(value),
             )
         return Unstructured(float(value))
     raise SpecError("A pattern has the wrong type", got=type(value).__name__, expected="str, float or Pattern")

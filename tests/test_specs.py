@@ -44,6 +44,22 @@ def test_bad_patterns(value: object) -> None:
     assert "Expected" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        (64, ('"1:4"', "64 % of zeros is 0.64")),
+        (248, ('"4:8"',)),
+        (90, ("90 % of zeros is 0.9",)),
+        (1.5, ("is 0.015",)),
+    ],
+)
+def test_what_a_number_may_have_meant(value: float, meant: tuple[str, ...]) -> None:
+    with pytest.raises(SpecError) as caught:
+        Prune(value)
+    assert all(text in str(caught.value) for text in meant)
+    assert "124" not in str(caught.value)  # 2:4 is not what was written
+
+
 def test_the_base_60_trap_is_named() -> None:
     with pytest.raises(SpecError, match='in quotes, "2:4"'):
         Prune(124)

@@ -67,7 +67,7 @@ def _check_reachable(stage: Stage, unit: str, number: int, limit: int | None) ->
         raise ScheduleError(
             f"{stage} would never run",
             got=f"{unit} {number}",
-            expected=f"a {unit} below {limit}" if unit == "epoch" else f"a step of at most {limit}",
+            expected=f"an epoch below {limit}" if unit == "epoch" else f"a step of at most {limit}",
             remedy=f'train longer, or use at="train_end"; {unit}s are counted from 0',
         )
 

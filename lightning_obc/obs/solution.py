@@ -58,7 +58,7 @@ class Refinement:
     stopped: bool = False
 
     def __str__(self) -> str:
-        seen = "" if self.held_out_gain is None else f", {100 * self.held_out_gain:.1f} % held out"
+        seen = "" if self.held_out_gain is None else f", held-out loss {100 * self.held_out_gain:.1f} % lower"
         cut = " when its time was up" if self.stopped else ""
         return f"refined: loss {100 * self.gain:.1f} % lower{seen}{cut}"
 

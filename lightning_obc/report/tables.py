@@ -23,7 +23,7 @@ def layer_cells(layer: LayerReport) -> list[str]:
         f"{100 * layer.sparsity:.1f}",
         f"{layer.bits}" if layer.input_bits is None else f"{layer.bits}, input {layer.input_bits}",
         f"{layer.loss:.4g}",
-        f"{100 * layer.relative_error:.3f}",
+        f"{100 * layer.relative_error:.3g}",
         f"{layer.seconds:.2f}",
         _short(layer),
     ]
@@ -44,6 +44,7 @@ def stage_table(stage: StageReport) -> str:
     inherited = [layer.inherited for layer in stage.layers if layer.compressed and layer.inherited is not None]
     if inherited:
         note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
+    note += "\nrel. error: that loss as a share of the layer's squared output, bias left out"
     apart = [f"differently: {layer.name} by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage]
     left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
     notes = [f"{layer.name}: {layer.status}" for layer in stage.layers if len(layer.status) > _SHORT]

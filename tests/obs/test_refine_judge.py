@@ -11,7 +11,7 @@ from lightning_obc.errors import NotPositiveDefiniteError, SpecError
 from lightning_obc.hessian import Hessian
 from lightning_obc.obs.problem import row_losses
 from lightning_obc.obs.refine import GreedyMask, refine_mask
-from lightning_obc.obs.refine.judge import Deadline, expected_change, judge
+from lightning_obc.obs.refine.judge import Deadline, Judgement, expected_change, judge
 from lightning_obc.solvers import Refine
 from lightning_obc.specs import NM, Block, IntGrid, Pattern, Structured, Unstructured
 
@@ -21,6 +21,12 @@ def statistic(columns: int, samples: int, seed: int = 0, groups: int = 1) -> Hes
     mixing = torch.randn(groups, columns, columns, generator=generator, dtype=torch.float64)
     halves = [mixing @ torch.randn(groups, columns, samples, generator=generator).double() for _ in range(2)]
     return Hessian(torch.stack([half @ half.mT for half in halves]), (samples, samples))
+
+
+def test_cancellation_is_no_gain_above_the_whole_error() -> None:
+    depth = torch.zeros(1, 1, dtype=torch.int64)
+    assert Judgement(depth, held_out=-1e-18, greedy=1e-16).gain == 1.0
+    assert Judgement(depth, held_out=1e-17, greedy=1e-16).gain == pytest.approx(0.9)
 
 
 def test_depth_is_where_the_other_half_is_best() -> None:

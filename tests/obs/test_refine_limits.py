@@ -160,5 +160,5 @@ def test_the_report_says_what_refinement_brought() -> None:
     report = obc.compress(model, [torch.randn(64, 32)], stage)
     status = report.stages[0].layers[0].status
     assert "refined: loss" in status
-    assert "held out" in status
+    assert "held-out loss" in status
     assert status in str(report)

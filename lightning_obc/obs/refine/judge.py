@@ -81,7 +81,8 @@ class Judgement:
     def gain(self) -> float:
         """Share of the greedy held-out error that refinement saves. The depths were chosen on the same figures, which
         flatters it a little."""
-        return 1 - self.held_out / self.greedy if self.greedy > 0 else 0.0
+        # Cancellation can leave a tiny negative sum of squares, where inputs hardly vary: none, not a gain above 100 %.
+        return 1 - max(self.held_out, 0.0) / self.greedy if self.greedy > 0 else 0.0
 
 
 def judge(
