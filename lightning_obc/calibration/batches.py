@@ -62,7 +62,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device=device)  # type: ignore[call-arg]
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else _rebuilt(batch, moved)
+        return moved if type(batch) is dict else rebuilt(batch, moved)
     if isinstance(batch, tuple):
         items = [to_device(item, device) for item in batch]
         return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
@@ -71,7 +71,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def _rebuilt(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+def rebuilt(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
     """Mappings of other types (tokenizer outputs, ordered dicts) keep their type when it takes a dict."""
     try:
         return type(batch)(moved)  # type: ignore[call-arg]

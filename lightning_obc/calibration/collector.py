@@ -220,7 +220,8 @@ def _first_batch(
     seen: dict[str, list[Tensor]] = {}
 
     def receive(name: str, module: nn.Module, x: Tensor) -> None:
-        seen.setdefault(name, []).append(x.clone())
+        # On the host: those of all layers at once may be more than a device holds that computes block by block.
+        seen.setdefault(name, []).append(x.to("cpu", copy=True))
 
     inputs = LayerInputs(layers, receive)
     with traceless(model), inputs.watched(model), inputs.one_batch():

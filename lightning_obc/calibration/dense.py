@@ -48,9 +48,10 @@ class DenseWeights:
         """The remembered values are in the model inside, what it held before afterwards."""
         with torch.inference_mode(False), torch.no_grad():
             now = [(parameter, parameter.detach().clone()) for parameter, _ in self._kept.values()]
-            for parameter, value in self._kept.values():
-                parameter.copy_(value)
         try:
+            with torch.inference_mode(False), torch.no_grad():
+                for parameter, value in self._kept.values():
+                    parameter.copy_(value)
             yield
         finally:
             with torch.no_grad():

@@ -37,7 +37,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = flag
         for module, name, buffer, value in buffers:
             module._buffers[name] = buffer
-            if not torch.equal(buffer, value):
+            # After an interrupt, a block may still be on another device than its buffers were copied on.
+            if not torch.equal(buffer, value.to(buffer.device)):
                 buffer.copy_(value)
 
 

@@ -7,7 +7,7 @@ the same objects, and their host memory too: optimizers, hooks and views of it n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_map
 
+from lightning_obc.calibration.nested import mapped
 from lightning_obc.distributed import is_sharded
 from lightning_obc.errors import CalibrationError, SpecError
 from lightning_obc.layers import adapter_for, is_lookup, modules_outside_blocks, parts_of
@@ -103,6 +103,8 @@ class _Call:
     depth: int = 1
     brought: list[Tensor] = field(default_factory=list)
     inputs: dict[int, tuple[Tensor, Tensor, int | None]] = field(default_factory=dict)
+    # Lists and mappings: as they are on the host, as they were sent, and what these held then.
+    containers: dict[int, tuple[Any, Any, list[Any]]] = field(default_factory=dict)
 
 
 class Offload:
@@ -207,7 +209,7 @@ class Offload:
             for tensor in tensors_of(module):
                 self._bring(tensor)
                 call.brought.append(tensor)
-        return _mapped(self._sent, args), _mapped(self._sent, kwargs)
+        return tuple(map(self._sent, args)), {key: self._sent(value) for key, value in kwargs.items()}
 
     def _behind(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         call = self._call
@@ -217,7 +219,7 @@ class Offload:
         if call.depth:
             return None
         try:
-            return _mapped(self._received, output)
+            return self._received(output)
         finally:
             self._settle()
 
@@ -232,30 +234,57 @@ class Offload:
             self._go_home(call.brought)
         with torch.no_grad():
             for original, moved, version in call.inputs.values():
-                if version is None or moved._version != version:
+                if (version is None or moved._version != version) and not _overlaps(original):
                     original.copy_(moved)
+        for container, sent, held in call.containers.values():
+            now = _entries(sent)
+            if len(now) != len(held) or any(a is not b for a, b in zip(now, held, strict=True)):
+                self._write_back(call, container, sent)
 
-    def _sent(self, leaf: Any) -> Any:
-        if isinstance(leaf, PackedSequence):
-            return leaf.to(device=self.device)  # type: ignore[call-arg]
-        if not isinstance(leaf, Tensor) or leaf.device == self.device:
-            return leaf
-        assert self._call is not None
-        known = self._call.inputs.get(id(leaf))
+    def _sent(self, value: Any) -> Any:
+        if isinstance(value, PackedSequence):
+            return value.to(device=self.device)  # type: ignore[call-arg]
+        call = self._call
+        assert call is not None
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (list, MutableMapping)):
+                return mapped(self._sent, value)
+            if id(value) not in call.containers:
+                sent = mapped(self._sent, value)
+                call.containers[id(value)] = value, sent, _entries(sent)
+            return call.containers[id(value)][1]
+        if value.device == self.device:
+            return value
+        known = call.inputs.get(id(value))
         if known is None:
-            moved = leaf.to(self.device)
-            known = self._call.inputs[id(leaf)] = (leaf, moved, None if moved.is_inference() else moved._version)
+            moved = value.to(self.device)
+            known = call.inputs[id(value)] = (value, moved, None if moved.is_inference() else moved._version)
         return known[1]
 
-    def _received(self, leaf: Any) -> Any:
-        if isinstance(leaf, PackedSequence):
-            return leaf.to(device=self.host)  # type: ignore[call-arg]
-        if not isinstance(leaf, Tensor) or self._call is None:
-            return leaf
-        # What was handed through, perhaps changed in place, is still the same tensor.
-        handed = (original for original, moved, _ in self._call.inputs.values() if moved is leaf)
-        original = next(handed, None)
-        return leaf.to(self.host) if original is None else original
+    def _received(self, value: Any, call: _Call | None = None) -> Any:
+        call = call or self._call
+        if isinstance(value, PackedSequence):
+            return value.to(device=self.host)  # type: ignore[call-arg]
+        if call is None:
+            return value
+        # What was handed through, perhaps changed in place, is still the same tensor, list or mapping.
+        handed: Iterable[tuple[Any, ...]] = (*call.inputs.values(), *call.containers.values())
+        for original, sent, _ in handed:
+            if sent is value:
+                return original
+        if isinstance(value, Tensor):
+            return value.to(self.host)
+        return mapped(lambda entry: self._received(entry, call), value)
+
+    def _write_back(self, call: _Call, container: Any, sent: Any) -> None:
+        """A list or mapping that a block wrote to shows what it wrote."""
+        if isinstance(container, list):
+            container[:] = [self._received(entry, call) for entry in sent]
+            return
+        entries = {key: self._received(entry, call) for key, entry in sent.items()}
+        for key in [key for key in container if key not in entries]:
+            del container[key]
+        container.update(entries)
 
     # Tensors.
     def _is_here(self, module: nn.Module) -> bool:
@@ -267,9 +296,10 @@ class Offload:
             # Tensors made in inference mode could not be used in training afterwards.
             with torch.inference_mode(False):
                 home = tensor.data
+                # On record before it moves, and until it is back: an interrupt may come between any two lines.
+                visitor = self._visitors[id(tensor)] = _Visitor(tensor, home)
                 if home.device != self.device:
                     tensor.data = home.to(self.device)
-                visitor = self._visitors[id(tensor)] = _Visitor(tensor, home)
         visitor.users += 1
 
     def _go_home(self, tensors: Iterable[Tensor]) -> None:
@@ -277,17 +307,18 @@ class Offload:
             visitor = self._visitors[id(tensor)]
             visitor.users -= 1
             if visitor.users == 0:
-                del self._visitors[id(tensor)]
                 self._put_back(visitor)
+                del self._visitors[id(tensor)]
 
     @staticmethod
     def _put_back(visitor: _Visitor) -> None:
         tensor, home = visitor.tensor, visitor.home
         with torch.inference_mode(False), torch.no_grad():
-            here, tensor.data = tensor.data, home
+            here = tensor.data
             # Changed or not: batch-norm statistics are, and a pass may put other weights in for a while.
             if here.data_ptr() != home.data_ptr() and not _overlaps(home):
                 home.copy_(here)
+            tensor.data = home
 
     def _all_home(self) -> None:
         self._call, self._resident = None, {}
@@ -296,14 +327,8 @@ class Offload:
         self._visitors = {}
 
 
-def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
-    """The function on all that containers hold. Other objects, such as caches that blocks write to, are handed on."""
-
-    def is_leaf(x: Any) -> bool:
-        # The lengths in a packed sequence stay on the host, wherever its data is.
-        return isinstance(x, PackedSequence) or not isinstance(x, (Mapping, list, tuple))
-
-    return tree_map(function, value, is_leaf=is_leaf)
+def _entries(container: Any) -> list[Any]:
+    return list(container) if isinstance(container, list) else [x for pair in container.items() for x in pair]
 
 
 def _overlaps(tensor: Tensor) -> bool:

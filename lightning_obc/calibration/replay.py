@@ -5,6 +5,7 @@ A pass for one block then costs that block instead of the whole network. The cod
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
@@ -69,7 +70,8 @@ class Replay:
     """Runs batches through a model whose first blocks are finished.
 
     Blocks are those of :func:`~lightning_obc.layers.blocks_of`. Nothing is kept for models that draw random numbers,
-    call a block more than once, or use the weights of a layer outside of its block.
+    call a block more than once, or use the weights of a layer outside of its block; nor where a block writes to a
+    tensor, a list, a mapping or an object that it is given, or returns an object whose tensors cannot be told.
 
     Args:
         model: The model.
@@ -203,7 +205,8 @@ class Replay:
             probe.unfit |= home != running[0]
             if not home:
                 probe.calls.append(name)
-                probe.inputs.setdefault(name, []).append(x.clone())
+                # On the host: the device has room for one block and its inputs, not for all layers'.
+                probe.inputs.setdefault(name, []).append(x.to("cpu", copy=True))
 
         inputs = LayerInputs(self._layers, receive)
         with ExitStack() as stack:
@@ -234,17 +237,46 @@ class Replay:
 
 
 def _recorders(name: str, probe: _Probe, running: list[str]) -> tuple[Callable[..., None], Callable[..., None]]:
+    given: list[Any] = []
+
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         probe.unfit |= name in probe.inputs or bool(running[0])
+        given[:] = (args, kwargs), _state_of((args, kwargs))
         probe.inputs[name] = [x.clone() if isinstance(x, Tensor) else x for x in tree_flatten((args, kwargs))[0]]
         probe.calls.append(name)
         running[0] = name
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:
         probe.outputs[name] = tree_map(_Kept.of, output)
+        probe.unfit |= _state_of(given[0]) != given[1] or not _equal(probe.inputs[name], tree_leaves(given[0]))
+        probe.unfit |= any(map(_holds_more, tree_leaves(output)))
+        given.clear()
         running[0] = ""
 
     return before, behind
+
+
+def _state_of(given: Any) -> list[Any]:
+    """What a block was given, so far as it can write to it: entries of containers, and attributes of objects.
+
+    Tensors of its arguments count by their identity here: their values are compared apart.
+    """
+    found: list[Any] = []
+    for leaf in tree_leaves(given):
+        found.append(id(leaf))
+        held = dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
+        if not isinstance(leaf, (Tensor, nn.Module)):
+            found += [(key, id(x), x._version if _versioned(x) else 0) for key, x in held.items()]
+    return found
+
+
+def _versioned(value: Any) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _holds_more(leaf: Any) -> bool:
+    """True for containers that PyTorch does not look into."""
+    return isinstance(leaf, Mapping) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
