@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_obc.baselines.magnitude import magnitude_mask
 from lightning_obc.errors import SpecError
 from lightning_obc.obs.damping import with_damping
-from lightning_obc.obs.problem import HessianLike, prepare
-from lightning_obc.obs.prune import check_channels, check_fit
+from lightning_obc.obs.problem import HessianLike, check_channels, prepare
+from lightning_obc.obs.prune import check_fit
 from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, Misfit, Pattern, Structured, Unstructured, parse_pattern

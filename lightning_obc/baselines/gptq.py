@@ -9,8 +9,7 @@ from lightning_obc.baselines.units import units_of
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
 from lightning_obc.obs.damping import with_damping
-from lightning_obc.obs.problem import HessianLike, prepare
-from lightning_obc.obs.prune import check_channels
+from lightning_obc.obs.problem import HessianLike, check_channels, prepare
 from lightning_obc.obs.quantize import check_mask, rows_of_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import IntGrid, parse_grid

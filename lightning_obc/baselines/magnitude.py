@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_obc.baselines.units import grouped, ungrouped
 from lightning_obc.errors import SpecError
 from lightning_obc.obs.damping import with_damping
-from lightning_obc.obs.problem import HessianLike, prepare
-from lightning_obc.obs.prune import check_channels, check_fit
+from lightning_obc.obs.problem import HessianLike, check_channels, prepare
+from lightning_obc.obs.prune import check_fit
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, Misfit, Pattern, Structured, Unstructured, parse_pattern

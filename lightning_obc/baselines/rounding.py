@@ -8,8 +8,7 @@ from torch import Tensor
 from lightning_obc.grid_fitting import fit_grid, refit_scale
 from lightning_obc.grids import Grid
 from lightning_obc.obs.damping import with_damping
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.prune import check_channels
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
 from lightning_obc.obs.quantize import check_mask, rows_of_mask
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import IntGrid, parse_grid

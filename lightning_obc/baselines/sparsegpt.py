@@ -13,8 +13,8 @@ from lightning_obc.errors import SpecError
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.obs.columns import GridRule, Unit, column_order, eliminate, upper_factor
 from lightning_obc.obs.damping import with_damping
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
-from lightning_obc.obs.prune import check_channels, check_fit, group_size
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
+from lightning_obc.obs.prune import check_fit, group_size
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import NM, Block, IntGrid, Misfit, Pattern, Unstructured, parse_grid, parse_pattern

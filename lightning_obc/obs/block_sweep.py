@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.curves import POINTS, Curve, heap_curve
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import masks_from_order, row_counts, zeros_for
 from lightning_obc.obs.solution import LayerSolution
@@ -104,12 +104,13 @@ def sweep_blocks(
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
+        PatternError: ``channels`` does not divide the columns.
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: See :func:`lightning_obc.obs.prepare`.
     """
     Block(size, 0.0)
     backend = obs_sweep.block_backend(backend, weight.device.type, size)
-    columns = weight.shape[-1] if channels is None else channels
-    return sweep_blocks_prepared(prepare(weight, hessian, damping), size, columns, backend, memory_budget)
+    channels = check_channels(weight.shape[-1], channels)
+    return sweep_blocks_prepared(prepare(weight, hessian, damping), size, channels, backend, memory_budget)
 
 
 def sweep_blocks_prepared(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc import linalg
-from lightning_obc.errors import NonFiniteError, ShapeError
+from lightning_obc.errors import NonFiniteError, PatternError, ShapeError
 from lightning_obc.hessian import Hessian
 from lightning_obc.kernels.obs_sweep import SweepInput
 from lightning_obc.obs.solution import LayerSolution, Status
@@ -201,3 +201,18 @@ def _check_hessian(hessian: Tensor, weight: Tensor) -> None:
     expected = (weight.shape[0], weight.shape[2], weight.shape[2])
     if tuple(hessian.shape) != expected:
         raise ShapeError("Weight and Hessian do not fit together", got=tuple(hessian.shape), expected=str(expected))
+
+
+def check_channels(columns: int, channels: int | None) -> int:
+    """``channels``, or ``columns`` when None.
+
+    Raises:
+        PatternError: ``columns`` is not a multiple of ``channels``.
+    """
+    if channels is None:
+        return columns
+    if channels < 1 or columns % channels:
+        raise PatternError(
+            "channels does not divide the columns", got=channels, expected=f"a divisor of {columns} columns"
+        )
+    return channels

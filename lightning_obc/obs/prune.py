@@ -13,7 +13,7 @@ from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.block_sweep import sweep_blocks_prepared
 from lightning_obc.obs.curves import line, step_curve
 from lightning_obc.obs.damping import resolve_damping
-from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, full_hessian, prepare
 from lightning_obc.obs.refine import GreedyMask, refine_mask
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.solution import LayerSolution
@@ -105,21 +105,6 @@ def backend_for(backend: str, device_type: str, pattern: Pattern | None) -> str:
     if isinstance(pattern, Structured):
         return obs_sweep.resolve_among(backend, device_type, ("torch",), str(pattern))
     return obs_sweep.resolve_backend(backend, device_type)
-
-
-def check_channels(columns: int, channels: int | None) -> int:
-    """``channels``, or ``columns`` when None.
-
-    Raises:
-        PatternError: ``columns`` is not a multiple of ``channels``.
-    """
-    if channels is None:
-        return columns
-    if channels < 1 or columns % channels:
-        raise PatternError(
-            "channels does not divide the columns", got=channels, expected=f"a divisor of {columns} columns"
-        )
-    return channels
 
 
 def group_size(pattern: Pattern) -> int:

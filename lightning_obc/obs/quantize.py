@@ -13,8 +13,7 @@ from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.curves import Curve, step_curve
 from lightning_obc.obs.damping import resolve_damping, sample_rows
 from lightning_obc.obs.orders import column_order_codes, ranked_by_row
-from lightning_obc.obs.problem import HessianLike, Problem, full_hessian, prepare
-from lightning_obc.obs.prune import check_channels
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, full_hessian, prepare
 from lightning_obc.obs.refine import GreedyCodes, refine_codes
 from lightning_obc.obs.refit import refit_on_mask
 from lightning_obc.obs.running import run_with_retries

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_obc.errors import SpecError
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.linalg import resolve_budget
-from lightning_obc.obs.problem import HessianLike, Problem, prepare
+from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
 from lightning_obc.obs.running import run_with_retries
 from lightning_obc.obs.select import zeros_for
 from lightning_obc.obs.solution import LayerSolution
@@ -124,13 +124,14 @@ def sweep_structured(
 
     Raises:
         SpecError: ``sparsity`` outside [0, 1).
+        PatternError: ``channels`` does not divide the columns.
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: See :func:`lightning_obc.obs.prepare`.
     """
     if sparsity is not None:
         Structured(sparsity)
     obs_sweep.resolve_among(backend, weight.device.type, ("torch",), "structured")
-    columns = weight.shape[-1] if channels is None else channels
-    return sweep_structured_prepared(prepare(weight, hessian, damping), columns, sparsity, memory_budget)
+    channels = check_channels(weight.shape[-1], channels)
+    return sweep_structured_prepared(prepare(weight, hessian, damping), channels, sparsity, memory_budget)
 
 
 def sweep_structured_prepared(

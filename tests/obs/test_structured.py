@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_obc import obs
-from lightning_obc.errors import BackendError, SpecError
+from lightning_obc.errors import BackendError, PatternError, SpecError
 from lightning_obc.obs import structured
 from lightning_obc.obs.problem import prepare, quadratic
 from lightning_obc.obs.structured import eliminate_channels
@@ -193,6 +193,15 @@ def test_rows_share_an_inverse_where_their_own_do_not_fit() -> None:
     solution = shared.solution(0.5)
     expected = best_on_support(weight[0], damped, solution.mask[0])
     assert solution.loss + solution.damping_loss == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("channels", [0, 5, 24])
+def test_sweeps_refuse_channels_that_do_not_divide_the_columns(channels: int) -> None:
+    weight, hessian = torch.ones(2, 12), torch.eye(12)
+    with pytest.raises(PatternError, match="does not divide"):
+        obs.sweep_structured(weight, hessian, channels=channels)
+    with pytest.raises(PatternError, match="does not divide"):
+        obs.sweep_blocks(weight, hessian, 4, channels=channels)
 
 
 def test_a_sweep_goes_as_far_as_it_was_asked_to() -> None:
