@@ -5,7 +5,6 @@ A pass for one block then costs that block instead of the whole network. The cod
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map
 
 from lightning_obc.calibration.inputs import LayerInputs
 from lightning_obc.calibration.isolation import traceless
+from lightning_obc.calibration.nested import is_opaque, leaves
 from lightning_obc.calibration.offload import Offload
 from lightning_obc.calibration.rng import RandomState
 from lightning_obc.layers import adapter_for, block_of
@@ -242,14 +242,14 @@ def _recorders(name: str, probe: _Probe, running: list[str]) -> tuple[Callable[.
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         probe.unfit |= name in probe.inputs or bool(running[0])
         given[:] = (args, kwargs), _state_of((args, kwargs))
-        probe.inputs[name] = [x.clone() if isinstance(x, Tensor) else x for x in tree_flatten((args, kwargs))[0]]
+        probe.inputs[name] = [x.clone() if isinstance(x, Tensor) else x for x in leaves((args, kwargs))]
         probe.calls.append(name)
         running[0] = name
 
     def behind(module: nn.Module, args: Any, output: Any) -> None:
         probe.outputs[name] = tree_map(_Kept.of, output)
-        probe.unfit |= _state_of(given[0]) != given[1] or not _equal(probe.inputs[name], tree_leaves(given[0]))
-        probe.unfit |= any(map(_holds_more, tree_leaves(output)))
+        probe.unfit |= _state_of(given[0]) != given[1] or not _equal(probe.inputs[name], leaves(given[0]))
+        probe.unfit |= any(map(is_opaque, leaves(output)))
         given.clear()
         running[0] = ""
 
@@ -262,7 +262,7 @@ def _state_of(given: Any) -> list[Any]:
     Tensors of its arguments count by their identity here: their values are compared apart.
     """
     found: list[Any] = []
-    for leaf in tree_leaves(given):
+    for leaf in leaves(given):
         found.append(id(leaf))
         held = dict(leaf) if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {})
         if not isinstance(leaf, (Tensor, nn.Module)):
@@ -272,11 +272,6 @@ def _state_of(given: Any) -> list[Any]:
 
 def _versioned(value: Any) -> bool:
     return isinstance(value, Tensor) and not value.is_inference()
-
-
-def _holds_more(leaf: Any) -> bool:
-    """True for containers that PyTorch does not look into."""
-    return isinstance(leaf, Mapping) or (dataclasses.is_dataclass(leaf) and not isinstance(leaf, type))
 
 
 def _stop(module: nn.Module, args: Any, output: Any) -> None:
