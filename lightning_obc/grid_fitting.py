@@ -16,6 +16,8 @@ from lightning_obc.specs import IntGrid
 SHRINK_STEPS = 80
 SHRINK_RESOLUTION = 100
 ERROR_NORM = 2.4
+# Powers of errors stay within float32 for ranges within 2^±24.
+_EXPONENT_LIMIT = 24
 
 
 def fit_grid(
@@ -105,18 +107,27 @@ def _shrink_search(
     sets: Tensor, low: Tensor, high: Tensor, spec: IntGrid, importance: Tensor | None, norm: float
 ) -> tuple[Tensor, Tensor]:
     """The range ``f·[low, high]``, f = 1 … 0.21 in 80 steps, of least error; the first best is kept."""
+    unit = _units(torch.maximum(-low, high))
     best = torch.full_like(low, torch.inf)
     best_scale, best_zero = _scale_and_zero(low, high, spec)
     for step in range(SHRINK_STEPS):
         factor = 1 - step / SHRINK_RESOLUTION
         scale, zero = _scale_and_zero(factor * low, factor * high, spec)
         codes = torch.clamp(torch.round(sets / scale[..., None]) + zero[..., None], 0, spec.max_code)
-        error = ((codes - zero[..., None]) * scale[..., None] - sets).abs_().pow_(norm)
+        error = (codes - zero[..., None]).mul_(scale[..., None]).sub_(sets).abs_()
+        error = (error if unit is None else error / unit[..., None]).pow_(norm)
         total = (error if importance is None else error * importance).sum(-1)
         better = total < best
         best = torch.where(better, total, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     return best_scale, best_zero
+
+
+def _units(largest: Tensor) -> Tensor | None:
+    """The powers of two that very small or large sets are counted in, 1 for others; None when there are only others."""
+    exponent = torch.frexp(largest).exponent
+    exponent = torch.where(exponent.abs() > _EXPONENT_LIMIT, exponent.clamp(-100, 100), 0)
+    return torch.ldexp(torch.ones_like(largest), exponent) if bool(exponent.any()) else None
 
 
 def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -131,3 +131,16 @@ def test_subnormal_rows_do_not_break_the_encoder() -> None:
     weight = torch.full((1, 1, 4), 1e-44)
     grid = fit_grid(weight, IntGrid(8))
     assert bool(torch.isfinite(grid.quantize(weight)).all())
+
+
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("exponent", [-80, 60])
+def test_search_finds_the_same_range_for_weights_of_any_scale(exponent: int, granularity: str) -> None:
+    """Powers of errors would leave float32; a factor of two to some power changes no digit of a weight."""
+    weight = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
+    unit = 2.0**exponent
+    spec = IntGrid(3, granularity=granularity)
+    grid, scaled = fit_grid(weight, spec), fit_grid(weight * unit, spec)
+    # Neighbouring ranges of the search are 1 % apart.
+    torch.testing.assert_close(scaled.scale / unit, grid.scale, rtol=1e-3, atol=0)
+    assert torch.equal(scaled.zero_point, grid.zero_point)
