@@ -138,6 +138,12 @@ def test_mistakes_are_explained(run, tmp_path, capsys, stage, words):
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize("subcommand", ["fit", "compress", "export"])
+def test_a_checkpoint_that_is_not_there_is_named(run, subcommand):
+    with pytest.raises(SystemExit, match=r"The checkpoint is not there. Got: ckpt_path=nowhere.ckpt, seen from"):
+        run(subcommand, "--ckpt_path=nowhere.ckpt", *(["--path=x.onnx"] if subcommand == "export" else []))
+
+
 def test_nothing_to_compress_with(run):
     with pytest.raises(SystemExit, match="nothing to compress with"):
         run("compress", "--trainer.callbacks=null")

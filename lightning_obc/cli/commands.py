@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lightning_obc.cli.parsing import OBCParser, RunConfig
 from lightning_obc.cli.trainer import OBCTrainer
+from lightning_obc.errors import SpecError
 
 _DATA = {"model", "dataloaders", "datamodule"}
+# What Lightning itself finds a checkpoint for.
+_FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
 
 class OBCCLI(LightningCLI):
@@ -42,6 +46,22 @@ class OBCCLI(LightningCLI):
         """The subcommands, with the arguments that do not come from the command line."""
         own = dict.fromkeys(("compress", "search", "apply", "export"), _DATA)
         return {**LightningCLI.subcommands(), **own}
+
+    def before_instantiate_classes(self) -> None:
+        """Look for the checkpoint before models and data are made, which can take long.
+
+        Raises:
+            SpecError: There is no file or folder ``ckpt_path``.
+        """
+        path = str(self.config.get(str(self.subcommand), {}).get("ckpt_path") or "")
+        own = path.partition(":")[0] in _FOUND_BY_LIGHTNING or "://" in path
+        if path and not own and not Path(path).exists():
+            raise SpecError(
+                "The checkpoint is not there",
+                got=f"ckpt_path={path}, seen from {Path.cwd()}",
+                expected="a file that 'lightning-obc fit' or a Trainer has written",
+                remedy="look below the run's folder, by default lightning_logs/version_N/checkpoints",
+            )
 
     def instantiate_classes(self) -> None:
         """Make the configured objects; what a specification refuses is said without the parser's own layers."""
