@@ -187,10 +187,14 @@ def _calibration_seconds(
 ) -> float:
     collect = Collector(model, [batch], replace(spec, rounds=1), forward)
     with collect.executing():
-        collect.order(plan.modules)  # Also warms up what the first forward pass prepares.
-        started = time.perf_counter()
+        order = collect.order(plan.modules)  # Also warms up what the first forward pass prepares.
+        collect.keep_blocks({name: plan.modules[name] for name in order})
+        started, left = time.perf_counter(), set(order)
         for part in plan.passes:
+            # As in a run: blocks whose outputs are kept cost nothing.
+            collect.advance([name for name in order if name in left])
             modules = {layer.name: layer.module for layer in part}
+            left -= set(modules)
             if spec.paired:
                 collect.paired(modules, DenseWeights())
             else:

@@ -524,6 +524,20 @@ def test_plan_says_what_is_needed_and_refuses_by_name() -> None:
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_plan_estimates_passes_that_begin_behind_finished_blocks() -> None:
+    class Long(Chain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(Block() for _ in range(12))
+
+    (model, batches), calls = made(Long), list[nn.Module]()
+    model.blocks[0].wide.register_forward_hook(lambda module, *_: calls.append(module))
+    spec = obc.Calibration(execution_device=str(DEVICE))
+    obc.plan(model, obc.Quantize(4, layers=["blocks.*"], solver="rtn"), batches[0], calibration=spec)
+    # For the order, for the probe, for its own pass: not for those of the other eleven.
+    assert len(calls) == 3
+
+
 def test_what_is_refused() -> None:
     model, batches = made(Chain)
     here = obc.Calibration(execution_device="cpu")
