@@ -74,7 +74,9 @@ def _isotonic(values: Tensor) -> Tensor:
             size += count
         means.append(mean)
         sizes.append(size)
-    return torch.repeat_interleave(values.new_tensor(means), torch.tensor(sizes, device=values.device))
+    return torch.repeat_interleave(
+        values.new_tensor(means), torch.tensor(sizes, dtype=torch.int64, device=values.device)
+    )
 
 
 def masks_from_order(order: Tensor, counts: Tensor) -> Tensor:

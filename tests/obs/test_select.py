@@ -55,6 +55,12 @@ def test_hull_minimises_the_total_at_its_breakpoints() -> None:
         assert cost(counts) == pytest.approx(cost(best))
 
 
+def test_hull_takes_the_zeros_of_a_row_that_has_nothing_else() -> None:
+    losses = torch.tensor([[-torch.inf, -torch.inf, -torch.inf], [-torch.inf, 1.0, 2.0]])
+    assert row_counts(losses, 4, "hull").tolist() == [3, 1]
+    assert row_counts(losses, 5, "hull").tolist() == [3, 2]
+
+
 def test_hull_is_nested() -> None:
     losses = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
     previous = torch.zeros(4, dtype=torch.int64)
