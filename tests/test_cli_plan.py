@@ -7,6 +7,8 @@ import re
 import sys
 from pathlib import Path
 
+# Its logger keeps the stream that it finds on import, which is a test's own, closed after it, from within a test.
+import lightning.pytorch  # noqa: F401
 import pytest
 import yaml
 
