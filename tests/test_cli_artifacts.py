@@ -188,7 +188,7 @@ def test_compressed_tensors_fill_a_folder(run):
 def test_existing_files_are_refused_before_anything_runs(run, onnx_files):
     _, folder, call = run
     before = onnx_files[0].read_bytes()
-    (folder / "unreadable.ckpt").write_text("loading this would fail")
+    torch.save({}, folder / "unreadable.ckpt")  # no model can be loaded from it
     with pytest.raises(SystemExit, match="exists already"):
         call("export", f"--ckpt_path={folder}/unreadable.ckpt", f"--path={onnx_files[0]}")
     assert onnx_files[0].read_bytes() == before
