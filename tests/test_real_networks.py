@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import lightning_obc as obc
-from lightning_obc.errors import LayerNotFoundError, LayerNotReachedError
+from lightning_obc.errors import CalibrationError, LayerNotFoundError, LayerNotReachedError
 from lightning_obc.layers import adapter_for, select_layers
 
 
@@ -209,10 +209,10 @@ def test_layers_never_reached_are_all_named_before_anything_changes() -> None:
 
 
 def test_errors_of_the_model_say_what_it_was_called_with() -> None:
-    with pytest.raises(RuntimeError, match="same dtype") as caught:
-        obc.compress(nn.Linear(4, 4).bfloat16(), torch.randn(8, 4), obc.Quantize(4))
-    assert "a Tensor of torch.float32" in caught.value.__notes__[0]
-    assert "pass forward=" in caught.value.__notes__[0]
+    with pytest.raises(CalibrationError, match=r"same dtype.*pass forward=") as caught:
+        obc.compress(nn.Sequential(nn.Linear(4, 4).bfloat16()), torch.randn(8, 4), obc.Quantize(4))
+    assert "it fails in layer '0' (Linear), which gets [8, 4] float32" in str(caught.value)
+    assert type(caught.value.__cause__) is RuntimeError
 
 
 def test_a_model_without_supported_layers_says_why() -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lightning_obc.errors import CalibrationError, OBCError
+from lightning_obc.calibration.failure import CALL_ERRORS, CALL_OTHERWISE, about_the_call, batch_failed, described
+from lightning_obc.errors import CalibrationError
 
+_ACCEPTED = "a forward that takes the first element of a batch, or the entries of a mapping by name"
+_STEP = (
+    "its calibration_step got the batch",
+    "a calibration_step that takes such batches",
+    "let calibration_step do with a batch what training does, or give calibration_dataloader() the batches it takes",
+)
 _LABELS = ("labels", "label", "label_ids", "targets", "target")
 
 
@@ -85,36 +93,40 @@ def call_forward(model: nn.Module, batch: Any) -> Any:
     ``model.calibration_step(batch)`` when the model has one. Otherwise its forward: a tensor as it is; of a sequence
     ``(inputs, targets, …)`` the first element; of a mapping the entries that the forward has parameters for, labels
     left out.
+
+    Raises:
+        CalibrationError: The model fails on the batch; the layer, and what it was called with, are named.
     """
     step = getattr(model, "calibration_step", None)
     if callable(step):
-        return step(batch)
+        with calling(model, batch, *_STEP):
+            return step(batch)
     inputs = inputs_of(model, batch)
-    try:
+    with calling(model, batch, _sent(batch, inputs), _ACCEPTED):
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    except OBCError:
-        raise  # Of a hook: it says already what is wrong, and where.
-    except (RuntimeError, ValueError, KeyError) as error:
-        # The model's own errors keep their type; what led to them is ours to say.
-        error.add_note(f"While a calibration batch went through the model: {_sent(batch, inputs)}")
-        raise
-    except (TypeError, NotImplementedError) as error:
-        raise CalibrationError(
-            "A calibration batch cannot be sent through the model",
-            got=f"{type(error).__name__}: {error}",
-            expected="a forward that takes the first element of a batch, or the entries of a mapping by name",
-            remedy="give the model a calibration_step(batch), or pass forward=",
-        ) from error
+
+
+@contextmanager
+def calling(model: nn.Module, batch: Any, called: str, expected: str, remedy: str = CALL_OTHERWISE) -> Iterator[None]:
+    """Around one batch through a model: errors inside say which layer failed on what.
+
+    Raises:
+        CalibrationError: In the place of an error that a call with the wrong arguments or shapes raises.
+    """
+    try:
+        yield
+    except CALL_ERRORS as error:
+        if not about_the_call(error):
+            raise
+        raise batch_failed(model, batch, called, expected, error, remedy) from error
 
 
 def _sent(batch: Any, inputs: Any) -> str:
-    """What the forward was called with, and how to change that."""
+    """What the forward was called with."""
     if isinstance(inputs, Mapping):
-        what = f"the entries {', '.join(map(repr, inputs))} of a mapping"
-    else:
-        first = "the first element of a sequence, " if isinstance(batch, (list, tuple)) else ""
-        what = f"{first}a {type(inputs).__name__}" + (f" of {inputs.dtype}" if isinstance(inputs, Tensor) else "")
-    return f"its forward got {what}. Give the model a calibration_step(batch), or pass forward=, to call it otherwise."
+        return f"the forward got the entries {', '.join(map(repr, inputs)) or 'of no known name'} of a mapping"
+    first = "its first element, " if isinstance(batch, (list, tuple)) else ""
+    return f"the forward got {first}{described(inputs)}"
 
 
 def inputs_of(model: nn.Module, batch: Any) -> Any:

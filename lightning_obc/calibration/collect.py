@@ -9,21 +9,22 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_obc.calibration.batches import batch_size_of, call_forward, to_device, token_mask_of
+from lightning_obc.calibration.batches import batch_size_of, call_forward, calling, to_device, token_mask_of
 from lightning_obc.calibration.inputs import LayerInputs, looked_up
 from lightning_obc.calibration.isolation import eager_forward as eager_forward
 from lightning_obc.calibration.isolation import traceless
 from lightning_obc.calibration.isolation import undisturbed as undisturbed
 from lightning_obc.calibration.offload import Offload, staying
 from lightning_obc.calibration.replay import Replay
-from lightning_obc.calibration.source import numbered_part
+from lightning_obc.calibration.source import no_batches, numbered_part
 from lightning_obc.calibration.statistic import HessianAccumulator
 from lightning_obc.distributed import Ranks, SingleProcess, all_or_none, exchange, is_sharded
-from lightning_obc.errors import CalibrationError, EmptyCalibrationError, LayerNotReachedError, OBCError
+from lightning_obc.errors import CalibrationError, LayerNotReachedError, OBCError
 from lightning_obc.hessian import Hessian
 
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[str, float, float], None]
+_OWN_FORWARD = ("forward= got model and batch", "a function of model and batch that runs the model")
 Accumulator = TypeVar("Accumulator", bound=HessianAccumulator)
 
 
@@ -122,7 +123,8 @@ def batch_runner(
     run = forward or call_forward
 
     def run_one(batch: Any) -> Any:
-        with nullcontext() if offload is None else offload.one_batch():
+        # call_forward names its own errors.
+        with nullcontext() if offload is None else offload.one_batch(), calling(model, batch, *_OWN_FORWARD):
             return run(model, batch if target is None else to_device(batch, target))
 
     return run_one
@@ -230,12 +232,7 @@ def not_reached(names: Sequence[str]) -> LayerNotReachedError:
 
 def _nothing(current: int, batches: Iterable[Any]) -> CalibrationError:
     if current == 0:
-        return EmptyCalibrationError(
-            "The calibration data yields no sample",
-            got=type(batches).__name__,
-            expected="at least one batch with at least one sample",
-            remedy="check the loader's length and drop_last, or pass a list of batches",
-        )
+        return no_batches(batches)
     return CalibrationError(
         "The calibration data can be iterated only once",
         got=f"no batch in round {current + 1}",

@@ -20,7 +20,7 @@ from lightning_obc.calibration.offload import Offload, offloading, staying, unit
 from lightning_obc.calibration.paired import collect_paired
 from lightning_obc.calibration.replay import Replay
 from lightning_obc.calibration.rng import preserved_rng
-from lightning_obc.calibration.source import own_part
+from lightning_obc.calibration.source import no_batches, own_part
 from lightning_obc.distributed import Ranks, SingleProcess, exchange, is_sharded
 from lightning_obc.errors import CalibrationError, EmptyCalibrationError, OBCError
 from lightning_obc.hessian import Hessian, PairedHessian
@@ -209,7 +209,7 @@ def _order(
             if len(seen) == len(layers):
                 return list(seen)
     if empty:
-        raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
+        raise no_batches(batches)
     raise not_reached([name for name in layers if name not in seen])
 
 
@@ -229,7 +229,7 @@ def _first_batch(
             run(batch)
             break
         else:
-            raise EmptyCalibrationError("The calibration data yields no batch", got=0, expected="at least one batch")
+            raise no_batches(batches)
     return {name: seen.get(name, []) for name in layers}
 
 

@@ -22,6 +22,7 @@ from torch.utils.data import (
 
 from lightning_obc.calibration.batches import batch_size_of
 from lightning_obc.calibration.rng import RandomState, preserved_rng, seed_everything
+from lightning_obc.errors import EmptyCalibrationError
 from lightning_obc.specs import Calibration
 
 _DEFAULT_BATCH_SIZE = 32
@@ -59,6 +60,7 @@ class CalibrationBatches:
         length: Number of batches, when it is known.
         sizes: Samples of every batch, where ``make(rank, size)`` can also make just every ``size``-th batch, from
             number ``rank`` on. None: all batches are made to get at some of them.
+        origin: What the batches are made from, for errors.
     """
 
     def __init__(
@@ -69,7 +71,9 @@ class CalibrationBatches:
         seed: int,
         length: int | None = None,
         sizes: Sequence[int] | None = None,
+        origin: Any = None,
     ) -> None:
+        self.origin = origin
         self._make, self._samples, self._seed, self._sizes = make, samples, seed, sizes
         self._length = length if sizes is None else len(sizes)
         self._round = 0
@@ -179,13 +183,46 @@ def calibration_batches(source: Any, spec: Calibration) -> CalibrationBatches:
             seed_everything(_mixed(spec.seed, 0))
             source = list(_up_to(source, spec.samples))
     length = _batches_until(source, spec.samples) if isinstance(source, Sequence) else None
-    return CalibrationBatches(lambda: source, samples=spec.samples, seed=spec.seed, length=length)
+    return CalibrationBatches(lambda: source, samples=spec.samples, seed=spec.seed, length=length, origin=source)
+
+
+def no_batches(batches: Iterable[Any], message: str = "The calibration data yields no sample") -> EmptyCalibrationError:
+    """The error of batches that turn out to be none.
+
+    Args:
+        batches: The batches.
+        message: What is wrong, in one sentence.
+    """
+    origin = getattr(batches, "origin", None)
+    return EmptyCalibrationError(
+        message,
+        got=_told(batches if origin is None else origin),
+        expected="at least one batch with at least one sample",
+        remedy="check the data set, the sampler and drop_last, or pass a list of batches",
+    )
+
+
+def _told(source: Any) -> str:
+    """What batches come from, and how much there is, as far as it can be told."""
+    kind = type(source).__name__
+    if isinstance(source, DataLoader):
+        batching = f"batch_size={source.batch_size}, drop_last={source.drop_last}"
+        return f"{kind} of {_count(source, 'batches')} over {_told(source.dataset)} ({batching})"
+    return f"{kind} of {_count(source, 'samples' if isinstance(source, Dataset) else 'batches')}"
+
+
+def _count(source: Any, unit: str) -> str:
+    try:
+        return f"{len(source)} {unit}"
+    except (TypeError, NotImplementedError):
+        return f"an unknown number of {unit}"
 
 
 def _from_loader(loader: DataLoader[Any], spec: Calibration) -> CalibrationBatches:
     plain = type(loader.batch_sampler) is BatchSampler and not isinstance(loader.dataset, IterableDataset)
     if not plain:
-        return CalibrationBatches(lambda: _fresh_copy(loader, spec), samples=spec.samples, seed=spec.seed, length=None)
+        limits: dict[str, Any] = {"samples": spec.samples, "seed": spec.seed, "origin": loader}
+        return CalibrationBatches(lambda: _fresh_copy(loader, spec), **limits)
     chosen = _choose(loader.sampler, loader.dataset, spec)
     size = spec.batch_size or loader.batch_size or _DEFAULT_BATCH_SIZE
     parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
@@ -196,7 +233,7 @@ def _from_loader(loader: DataLoader[Any], spec: Calibration) -> CalibrationBatch
         return DataLoader(dataset, batch_sampler=parts[rank::ranks], **_kept(loader))
 
     sizes = [len(part) for part in parts]
-    return CalibrationBatches(make, samples=len(chosen), seed=spec.seed, sizes=sizes)
+    return CalibrationBatches(make, samples=len(chosen), seed=spec.seed, sizes=sizes, origin=loader)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.calibration.failure import misfit_input
 from lightning_obc.errors import NonFiniteError, ShapeError, UnsupportedLayerError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.kernels.hessian_update import PositionSample, sampled_positions, symmetrise_
@@ -108,10 +109,17 @@ class HessianAccumulator:
 
         Raises:
             UnsupportedLayerError: The other module sees the weight as a problem of another shape.
+            ShapeError: The input does not fit the layer.
         """
         module = self._module if module is None else module
-        adapter, x = self._adapter_of(module), self._without_padding(self._at_sums(x), module)
-        leading, size = x.shape[0], self._batch_size
+        try:
+            self._add_by_half_(self._without_padding(self._at_sums(x), module), module)
+        except ShapeError as error:
+            # The layer would fail on it too, but the hooks see its input first.
+            raise misfit_input(self.name, module, x, self._adapter.current(module)) from error
+
+    def _add_by_half_(self, x: Tensor, module: nn.Module) -> None:
+        adapter, leading, size = self._adapter_of(module), x.shape[0], self._batch_size
         if size > 0 and leading % size == 0:
             by_sample = x.reshape(size, leading // size, *x.shape[1:])
             for parity in (0, 1):

@@ -14,9 +14,8 @@ from lightning_obc.calibration import call_forward
 from lightning_obc.calibration.batches import to_device
 from lightning_obc.calibration.isolation import eager_forward, undisturbed
 from lightning_obc.calibration.rng import preserved_rng
-from lightning_obc.calibration.source import numbered_part
+from lightning_obc.calibration.source import no_batches, numbered_part
 from lightning_obc.distributed import Ranks
-from lightning_obc.errors import EmptyCalibrationError
 
 Forward = Callable[[nn.Module, Any], Any]
 Progress = Callable[[str, float, float], None]
@@ -54,17 +53,7 @@ def shared(batches: Iterable[Any], limit: int | None, ranks: Ranks | None) -> It
         if numbered.index % size == rank:
             yield numbered.batch
     if not found:
-        raise no_batches(batches)
-
-
-def no_batches(batches: Iterable[Any]) -> EmptyCalibrationError:
-    """The error for batches that yield nothing."""
-    return EmptyCalibrationError(
-        "The data for a correction yields no batch",
-        got=type(batches).__name__,
-        expected="at least one batch",
-        remedy="check the loader's length and drop_last, or pass a list of batches",
-    )
+        raise no_batches(batches, "The data for a correction yields no batch")
 
 
 def run_batch(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
