@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_obc.calibration import Collector, DenseWeights, batch_size_of, execution_device
 from lightning_obc.errors import LayerNotFoundError
-from lightning_obc.layers import adapter_for, is_lookup, select_layers, unsupported_layers
+from lightning_obc.layers import adapter_for, by_reason, is_lookup, select_layers, unsupported_layers
 from lightning_obc.layerwise import reached_edges
 from lightning_obc.planning import StagePlan, check_schedule, plan_stage
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
@@ -91,7 +91,7 @@ class Plan:
 
     def __str__(self) -> str:
         parts = [str(stage) for stage in self.stages]
-        left = [f"left dense: {name or 'the model itself'} ({reason})" for name, reason in self.left_dense.items()]
+        left = by_reason(self.left_dense, "left dense", "left dense")
         speeds = [
             f"times are estimates from small problems solved on this machine, sweeps at {speed / 1e9:.3g} Gflop/s "
             f"(backend {name!r})"

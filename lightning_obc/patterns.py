@@ -130,8 +130,14 @@ def _meant(value: float) -> str:
     n, m = divmod(int(value), 60) if 0 < value < 3600 and value == int(value) else (0, 0)
     if 0 < n < m <= 16:
         meant.append(f'YAML reads an unquoted {n}:{m} as the number {value:g}; write the pattern in quotes, "{n}:{m}"')
-    if 1 < value < 100:
+    if -1 < value < 0:
+        meant.append(f"{-value:g} for {-100 * value:g} % of zeros")
+    elif value == 1:
+        meant.append("0.01 for 1 % of zeros; or 0.99 for 99 %, since 1 would leave no weight at all")
+    elif 1 < value < 100:
         meant.append(f"{value:g} % of zeros is {value / 100:g}")
+    elif value == 100:
+        meant.append("100 % of zeros would leave no weight at all: less, such as 0.9 for 90 %, or exclude the layer")
     return "; or ".join(meant) or 'write N:M patterns in quotes, "2:4", and sparsity as a fraction, 0.5'
 
 

@@ -26,6 +26,7 @@ from lightning_obc.layers import (
     adapter_for,
     block_of,
     blocks_of,
+    by_reason,
     is_lookup,
     reason_unsupported,
 )
@@ -140,8 +141,9 @@ class StagePlan:
         ]
         title = f"Plan of {self.stage}: {len(rows)} layers, {self.hessian_bytes / 2**20:.1f} MiB of Hessians"
         own = {layer.name: differences(self.stage, layer.stage) for layer in self.layers}
-        apart = [f"differently: {name} with {changed}" for name, changed in own.items() if changed]
-        left = [f"left as it is: {name} ({reason})" for name, reason in self.skipped.items()]
+        differing = {name: f"with {changed}" for name, changed in own.items() if changed}
+        apart = by_reason(differing, "differently", "differently")
+        left = by_reason(self.skipped, "left as it is", "left as they are")
         return "\n".join([render(title, columns, rows), *self._notes(), *apart, *left])
 
     def _notes(self) -> list[str]:

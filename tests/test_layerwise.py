@@ -57,10 +57,10 @@ def test_later_overrides_win_and_the_table_says_so(batches: list[Tensor]) -> Non
     }
     assert all(x.damping == 0.1 for x in own.values())
     plan = str(obc.plan(model, [stage], batches[0]))
-    assert "differently: body.0 with pattern=2:4, damping=0.1" in plan
+    assert "differently: body.0 (with pattern=2:4, damping=0.1)" in plan
     report = obc.compress(model, batches, stage)
     assert [zeros(layer) for layer in (model.head, *model.body, model.stem)] == [0.5, 0.5, 0.25, 0.5]
-    assert "differently: body.0 by Prune(2:4)" in report.table()
+    assert "differently: body.0 (by Prune(2:4))" in report.table()
     assert report.layers["body.1"].sparsity == 0.25
 
 

@@ -51,6 +51,10 @@ def test_bad_patterns(value: object) -> None:
         (248, ('"4:8"',)),
         (90, ("90 % of zeros is 0.9",)),
         (1.5, ("is 0.015",)),
+        (100, ("no weight at all", "0.9 for 90 %")),
+        (1, ("0.01 for 1 %", "0.99 for 99 %")),
+        (-0.3, ("0.3 for 30 % of zeros",)),
+        (1000, ('in quotes, "2:4"', "as a fraction, 0.5")),
     ],
 )
 def test_what_a_number_may_have_meant(value: float, meant: tuple[str, ...]) -> None:
@@ -58,6 +62,7 @@ def test_what_a_number_may_have_meant(value: float, meant: tuple[str, ...]) -> N
         Prune(value)
     assert all(text in str(caught.value) for text in meant)
     assert "124" not in str(caught.value)  # 2:4 is not what was written
+    assert not any(trap in str(caught.value) for trap in ("1:40", "1:30", "16:40"))  # nobody means such groups
 
 
 def test_the_base_60_trap_is_named() -> None:

@@ -30,7 +30,8 @@ class SPDY:
         tries: Attempts at each size of the neighbourhood (SPDY: 100).
         share: Largest neighbourhood, as a share of the layers (SPDY: 0.1): ``max(1, ⌊share · layers⌋)`` coefficients
             are resampled at first, in the end one.
-        evaluations: Most profiles that are evaluated; None sets no limit. A profile met again costs nothing.
+        evaluations: Most profiles that are evaluated, those that the search sets out from included; None sets no
+            limit. A profile met again costs nothing.
         seconds: Wall time after which no new profile is evaluated; None sets no limit.
         seed: Seed of the coefficients.
         prior: What the coefficients multiply: SPDY's ``"quadratic"`` scores in the rank of the cost, or the
@@ -61,6 +62,27 @@ class SPDY:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise SpecError(f"SPDY.{name} is not possible", got=value, expected="a number above 0, or None")
+        self.check_searches(1)
+
+    def check_searches(self, known: int) -> None:
+        """Refuse a limit at which nothing is tried besides the profiles that are known before.
+
+        Args:
+            known: Distinct profiles that the search sets out from; 1 without any, the programme's own.
+
+        Raises:
+            SpecError: ``evaluations`` is no integer above ``known``.
+        """
+        limit = self.evaluations
+        if limit is None or (isinstance(limit, int) and limit > known):
+            return
+        start = "profile" if known == 1 else f"{known} profiles"
+        raise SpecError(
+            f"SPDY.evaluations leaves nothing to search: the {start} it sets out from count too",
+            got=limit,
+            expected=f"an integer of at least {known + 1}; SPDY evaluates hundreds",
+            remedy="a larger number, None, or a method that needs no evaluations: the dynamic programme",
+        )
 
 
 @dataclass(frozen=True)
@@ -110,12 +132,14 @@ def spdy_search(
         initial: Profiles to evaluate first, so that the result is never worse than they are.
 
     Raises:
-        SpecError: The programme has several budgets, or an initial profile exceeds the budget.
+        SpecError: The programme has several budgets, an initial profile exceeds the budget, or there are as many
+            initial profiles as evaluations.
         NonFiniteError: No profile has a finite value.
     """
     if len(programme.budgets) != 1:
         raise SpecError("SPDY searches one budget at a time", got=programme.budgets, expected="one budget")
     spec = spec or SPDY()
+    spec.check_searches(max(1, len({tuple(profile[name] for name in programme.layers) for profile in initial})))
     run = _Run(programme, scores, evaluate, spec)
     try:
         for profile in initial:

@@ -116,13 +116,16 @@ def search(
 
     Raises:
         BudgetError: A budget that is not positive, above 1, or below what the levels reach; the least is named.
-        SpecError: Methods, costs or timings that cannot be used.
+        SpecError: Methods, costs or timings that cannot be used; a limit of SPDY's that leaves nothing to search.
         FingerprintError, DatabaseError: The directory holds another database, or a damaged one.
     """
     check_budgets(budgets, 0.0, dense=1.0)
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise SpecError("Unknown search methods", got=unknown or "none", expected=f"some of {METHODS}")
+    if "spdy" in methods and spdy is not None:
+        # It sets out from the profiles of the other two, and now is earlier than behind an hour of solving levels.
+        spdy.check_searches(2)
     spec = calibration or Calibration()
     if spec.mode != "independent":
         raise SpecError(

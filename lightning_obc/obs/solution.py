@@ -47,7 +47,9 @@ class Refinement:
     Attributes:
         gain: Share of the greedy damped loss that it saved on the calibration samples, >= 0.
         held_out_gain: Share of the greedy held-out loss that it saves when the halves of the samples judge each other;
-            None where they could not. Slightly flattered, because the depth of refinement is chosen on the same figure.
+            None where they could not, 0 where no row changed. It is that of weights which are solved on one half, not
+            of the layer's own, which have seen all samples: it may well be the larger figure. Slightly flattered,
+            because the depth of refinement is chosen on it.
         rows: Share of the rows that changed.
         stopped: True when the time limit cut the search short.
     """
@@ -58,9 +60,20 @@ class Refinement:
     stopped: bool = False
 
     def __str__(self) -> str:
-        seen = "" if self.held_out_gain is None else f", held-out loss {100 * self.held_out_gain:.1f} % lower"
-        cut = " when its time was up" if self.stopped else ""
-        return f"refined: loss {100 * self.gain:.1f} % lower{seen}{cut}"
+        cut = ", when its time was up" if self.stopped else ""
+        if not self.rows:
+            return f"refined: no better weights than the greedy ones{cut}"
+        text = f"refined: damped loss {_percent(self.gain)} lower than greedy's, in {_percent(self.rows)} of the rows"
+        if self.held_out_gain:
+            text += f"; of weights solved on one half of the samples, {_percent(self.held_out_gain)} lower on the other"
+        elif self.held_out_gain is not None:
+            text += "; of weights solved on one half of the samples, no lower on the other"
+        return f"{text}{cut}"
+
+
+def _percent(share: float) -> str:
+    # Three digits where there are so many, and never 0 for what is not.
+    return f"{100 * share:.3g} %" if share >= 1e-5 or share == 0 else "less than 0.001 %"
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_obc.layers import by_reason
 from lightning_obc.report.result import CompressionReport, LayerReport, StageReport
 
 if TYPE_CHECKING:
     from lightning_obc.correction import CorrectionReport
 
 COLUMNS = ("layer", "weight", "sparsity [%]", "bits", "loss", "rel. error [%]", "time [s]", "status")
+
+LEFT, LEFT_SEVERAL = "left as it was", "left as they were"
 
 _SHORT = 8
 
@@ -45,10 +48,12 @@ def stage_table(stage: StageReport) -> str:
     if inherited:
         note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
     note += "\nrel. error: that loss as a share of the layer's squared output, bias left out"
-    apart = [f"differently: {layer.name} by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage]
-    left = [f"left as it was: {name} ({reason})" for name, reason in stage.skipped.items()]
-    notes = [f"{layer.name}: {layer.status}" for layer in stage.layers if len(layer.status) > _SHORT]
-    return "\n".join([render(title, COLUMNS, rows), note, *notes, *apart, *left])
+    apart = {layer.name: f"by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage}
+    apart_lines = by_reason(apart, "differently", "differently")
+    left = by_reason(stage.skipped, LEFT, LEFT_SEVERAL)
+    remarks = {layer.name: layer.status for layer in stage.layers if len(layer.status) > _SHORT}
+    notes = by_reason(remarks, "note", "notes")
+    return "\n".join([render(title, COLUMNS, rows), note, *notes, *apart_lines, *left])
 
 
 def correction_table(correction: CorrectionReport) -> str:
@@ -58,7 +63,7 @@ def correction_table(correction: CorrectionReport) -> str:
         for row in correction.layers
     ]
     title = f"{correction}, {correction.batches} batches, {correction.seconds:.1f} s"
-    left = [f"left as it was: {name} ({reason})" for name, reason in correction.skipped.items()]
+    left = by_reason(correction.skipped, LEFT, LEFT_SEVERAL)
     columns = ("layer", "type", "distance before", "after", "status")
     return "\n".join([render(title, columns, rows), *correction.notes, *left])
 
@@ -73,9 +78,7 @@ def report_table(report: CompressionReport) -> str:
             for name, (dense, small) in report.figures.items()
         ]
         parts.append(render("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
-    parts += [
-        f"not compressible: {name or 'the model itself'} ({reason})" for name, reason in report.left_dense.items()
-    ]
+    parts += by_reason(report.left_dense, "not compressible", "not compressible")
     return "\n\n".join(parts)
 
 

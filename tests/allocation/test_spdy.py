@@ -94,6 +94,9 @@ def test_nan_losses_lose_and_only_nan_is_an_error() -> None:
         {"share": 0.0},
         {"share": 1.5},
         {"evaluations": 0},
+        {"evaluations": 1},
+        {"evaluations": 2.5},
+        {"evaluations": True},
         {"seconds": -1.0},
         {"prior": "?"},
     ],
@@ -106,3 +109,17 @@ def test_impossible_extents_are_refused(arguments: dict[str, float]) -> None:
 def test_several_budgets_are_refused() -> None:
     with pytest.raises(SpecError, match="one budget"):
         spdy_search(Programme(COSTS, [BUDGET, BUDGET]), spdy_scores(COSTS), loss)
+
+
+def test_a_limit_that_leaves_nothing_to_search_is_refused_before_anything_is_evaluated() -> None:
+    programme, prior = Programme(COSTS, [BUDGET]), spdy_scores(COSTS)
+    first = programme.solve(prior)[0].profile
+    truth = {name: {level: loss({name: level}) for level in row} for name, row in COSTS.items()}
+    second = programme.solve(truth)[0].profile
+    assert first != second
+    seen: list[Profile] = []
+    with pytest.raises(SpecError, match=r"2 profiles .* Expected: an integer of at least 3"):
+        spdy_search(programme, prior, lambda p: float(len(seen)), SPDY(evaluations=2), initial=[first, second, first])
+    assert not seen
+    found = spdy_search(programme, prior, loss, SPDY(evaluations=3), initial=[first, second])
+    assert found.evaluations == 3

@@ -49,7 +49,8 @@ def agreement(model: nn.Module, batches: list[Tensor]) -> Any:
 
 
 def run(model: nn.Module, batches: list[Tensor], budgets: list[float], **options: Any) -> Any:
-    return search(model, batches, budgets, agreement(model, batches), spdy=SMALL, **options)
+    options = {"spdy": SMALL} | options
+    return search(model, batches, budgets, agreement(model, batches), **options)
 
 
 @pytest.mark.parametrize("cost", ["flops", "bops", "bytes"])
@@ -265,6 +266,14 @@ def test_options_that_cannot_be_meant(model: Any, batches: list[Tensor]) -> None
         run(model, batches, [0.5], calibration=Calibration(mode="sequential"))
     with pytest.raises(SpecError, match="Unknown scores"):
         run(model, batches, [0.5], scores="taste")
+
+
+def test_spdy_that_would_search_nothing_is_refused_before_a_level_is_solved(
+    model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="leaves nothing to search"):
+        run(model, batches, [0.5], spdy=SPDY(evaluations=2), directory=tmp_path / "db")
+    assert not (tmp_path / "db").exists()
 
 
 def test_default_levels_suit_the_cost() -> None:

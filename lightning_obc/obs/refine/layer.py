@@ -232,6 +232,8 @@ def _recorded(
     refined: LayerSolution, better: Tensor, gain: float, verdict: Judgement | None, deadline: Deadline
 ) -> LayerSolution:
     rows = float(better.double().mean())
-    record = Refinement(gain, None if verdict is None else verdict.gain, rows, deadline.hit)
-    refined = replace(refined, refinement=record)
-    return refined if verdict is None else refined.with_held_out(verdict.held_out)
+    if verdict is None:
+        return replace(refined, refinement=Refinement(gain, None, rows, deadline.hit))
+    # Where no row of the whole layer became better, its weights are greedy's, and so is what is held out.
+    seen, held_out = (verdict.gain, verdict.held_out) if rows else (0.0, verdict.greedy)
+    return replace(refined, refinement=Refinement(gain, seen, rows, deadline.hit)).with_held_out(held_out)
