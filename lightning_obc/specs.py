@@ -124,8 +124,6 @@ def check_refinable(pattern: Pattern, refine: Refine | None) -> None:
 
 def _backends(pattern: Pattern) -> tuple[str, ...]:
     """Backends that solve a pattern."""
-    if isinstance(pattern, Structured):
-        return ("auto", "torch")
     large = isinstance(pattern, Block) and pattern.size > 8
     return tuple(name for name in BACKENDS if not (large and name == "triton"))
 

@@ -132,7 +132,8 @@ class _Layer:
     recipe: Recipe
 
     def backend(self, pattern: Pattern | None = None) -> str:
-        return backend_for(self.recipe.backend, self.problem.weight.device.type, pattern)
+        weight = self.problem.weight
+        return backend_for(self.recipe.backend, weight.device.type, pattern, weight.shape[-1] // self.channels)
 
     def prune(self, pattern: Pattern) -> LayerSolution:
         selection, backend = self.recipe.selection, self.backend(pattern)
@@ -151,8 +152,9 @@ class _Layer:
         if isinstance(first, Block):
             return sweep_blocks_prepared(self.problem, first.size, self.channels, self.backend(first), MEMORY_BUDGET)
         if isinstance(first, Structured):
-            self.backend(first)  # refuses those without the pattern
-            return sweep_structured_prepared(self.problem, self.channels, max(map(_sparsity, ladder)), MEMORY_BUDGET)
+            strongest = max(map(_sparsity, ladder))
+            backend = self.backend(first)
+            return sweep_structured_prepared(self.problem, self.channels, strongest, backend, MEMORY_BUDGET)
         return None
 
 

@@ -60,7 +60,7 @@ def prune(
         refine: Swap kept for removed weights afterwards (unstructured and N:M). With the two-half statistic each row
             is refined only as far as the other half agrees.
         backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; ``"triton"`` has blocks of at most
-            8, and structured patterns have only ``"torch"``.
+            8 and channels of at most 64 kernel positions.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -69,8 +69,8 @@ def prune(
         ShapeError, NonFiniteError, NotPositiveDefiniteError, BackendError: The problem cannot be solved.
     """
     pattern = parse_pattern(pattern)
-    backend = backend_for(backend, weight.device.type, pattern)
     channels = check_channels(weight.shape[-1], channels)
+    backend = backend_for(backend, weight.device.type, pattern, weight.shape[-1] // channels)
     check_fit(pattern, channels, misfit)
 
     refinement = parse_refine(refine)
@@ -94,8 +94,8 @@ def prune(
     )
 
 
-def backend_for(backend: str, device_type: str, pattern: Pattern | None) -> str:
-    """The backend that solves a pattern (None: codes) on a device.
+def backend_for(backend: str, device_type: str, pattern: Pattern | None, positions: int = 1) -> str:
+    """The backend that solves a pattern (None: codes) on a device, in a layer of so many kernel positions.
 
     Raises:
         BackendError: It is unknown, cannot run there, or lacks the pattern.
@@ -103,7 +103,7 @@ def backend_for(backend: str, device_type: str, pattern: Pattern | None) -> str:
     if isinstance(pattern, Block):
         return obs_sweep.block_backend(backend, device_type, pattern.size)
     if isinstance(pattern, Structured):
-        return obs_sweep.resolve_among(backend, device_type, ("torch",), str(pattern))
+        return obs_sweep.channel_backend(backend, device_type, positions)
     return obs_sweep.resolve_backend(backend, device_type)
 
 
@@ -201,6 +201,6 @@ def _block(
 def _structured(
     pattern: Structured, problem: Problem, selection: Selection, channels: int, backend: str, budget: int | None
 ) -> GreedyMask:
-    swept = sweep_structured_prepared(problem, channels, pattern.sparsity, budget)
+    swept = sweep_structured_prepared(problem, channels, pattern.sparsity, backend, budget)
     curve = line(swept.losses, whole=problem.weight.shape[0] * channels)
     return GreedyMask(swept.problem, swept.mask(pattern.sparsity), swept.backend, swept.notes, curve)

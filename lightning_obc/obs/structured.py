@@ -6,8 +6,7 @@ it. Removing the columns ``S`` of a channel costs ``½ Σ_r w_rS (G_SS)⁻¹ w_r
 Weights that are zero already stay zero, so they leave ``G`` first. Where rows have different zeros they have different
 ``G``: then each row has its own, if these fit the memory budget.
 
-Index legend: ``g`` problems, ``R`` rows, ``d`` columns, ``C`` input channels of a problem; ``P`` inverses of a problem
-(1 or ``R``) with ``Q`` rows each, ``P · Q = R``.
+Index legend: ``g`` problems, ``R`` rows, ``d`` columns, ``C`` input channels of a problem.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class ChannelOrder:
     Attributes:
         order: ``[T, 2]`` int64 of (problem, channel). Ties go to the lower index.
         losses: ``[T]`` float64, the increase of the damped loss at each step.
-        broken: ``[1]`` bool, True when a pivot block was not positive definite.
+        broken: ``[g]`` bool, True when a pivot block of a problem was not positive definite.
     """
 
     order: Tensor
@@ -67,7 +66,7 @@ class StructuredSweep:
     channels: int
     alive: Tensor
     problem: Problem
-    backend: str = "torch"
+    backend: str
     memory_budget: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -119,7 +118,8 @@ def sweep_structured(
         channels: Input channels per kernel position; default ``d``.
         sparsity: The strongest level that will be asked for; None eliminates every channel.
         damping: Share of ``mean(diag H)`` added to the diagonal.
-        backend: ``"auto"`` or ``"torch"``.
+        backend: ``"auto"``, ``"naive"``, ``"torch"``, ``"numba"`` or ``"triton"``; ``"triton"`` has channels of at most
+            64 kernel positions.
         memory_budget: Bytes of working memory above the inputs; None takes a share of what is free.
 
     Raises:
@@ -129,15 +129,21 @@ def sweep_structured(
     """
     if sparsity is not None:
         Structured(sparsity)
-    obs_sweep.resolve_among(backend, weight.device.type, ("torch",), "structured")
     channels = check_channels(weight.shape[-1], channels)
-    return sweep_structured_prepared(prepare(weight, hessian, damping), channels, sparsity, memory_budget)
+    obs_sweep.channel_backend(backend, weight.device.type, weight.shape[-1] // channels)
+    return sweep_structured_prepared(prepare(weight, hessian, damping), channels, sparsity, backend, memory_budget)
 
 
 def sweep_structured_prepared(
-    problem: Problem, channels: int, sparsity: float | None = None, memory_budget: int | None = None
+    problem: Problem,
+    channels: int,
+    sparsity: float | None = None,
+    backend: str = "auto",
+    memory_budget: int | None = None,
 ) -> StructuredSweep:
     """:func:`sweep_structured` of a problem that is prepared already; ``channels`` divides its columns."""
+    device, positions = problem.weight.device, problem.weight.shape[-1] // channels
+    backend = obs_sweep.channel_backend(backend, device.type, positions)
     problem = problem.with_dtype(torch.float64)
     total = problem.weight.shape[0] * channels
     steps = total if sparsity is None else zeros_for(sparsity, total)
@@ -149,12 +155,12 @@ def sweep_structured_prepared(
         notes = ("zeros of single rows did not enter the order of channels: one inverse for each row is too much",)
 
     def kernel(problem: Problem) -> ChannelOrder:
-        return eliminate_channels(problem, channels, steps, keep, own_inverses=own)
+        return eliminate_channels(problem, channels, steps, keep, own_inverses=own, backend=backend)
 
     problem, output = run_with_retries(problem, kernel)
     alive = torch.ones_like(problem.weight, dtype=torch.bool) if keep is None else keep
     return StructuredSweep(
-        output.order, output.losses, channels, alive, problem, memory_budget=memory_budget, notes=notes
+        output.order, output.losses, channels, alive, problem, backend, memory_budget=memory_budget, notes=notes
     )
 
 
@@ -164,7 +170,13 @@ def _fits(weight: Tensor, memory_budget: int | None) -> bool:
 
 
 def eliminate_channels(
-    problem: Problem, channels: int, steps: int, keep: Tensor | None = None, *, own_inverses: bool = False
+    problem: Problem,
+    channels: int,
+    steps: int,
+    keep: Tensor | None = None,
+    *,
+    own_inverses: bool = False,
+    backend: str = "auto",
 ) -> ChannelOrder:
     """Greedy order in which input channels leave.
 
@@ -175,76 +187,20 @@ def eliminate_channels(
         keep: ``[g, R, d]`` bool, False at weights that are zero for good, or None.
         own_inverses: One inverse for each row, without the row's zeros; otherwise one for all rows of a problem,
             without the columns that are zero in all of them.
+        backend: What sweeps the channels.
     """
-    groups, rows, columns = problem.weight.shape
-    parts = rows if own_inverses else 1
-    weight = problem.weight.double().reshape(groups, parts, rows // parts, columns).clone()
-    bad = torch.zeros(1, dtype=torch.bool, device=weight.device)
-    inverse = _start(problem, keep, own_inverses, bad)
-    members = torch.arange(columns, device=weight.device).reshape(columns // channels, channels).T
-    gone = torch.zeros(groups, channels, dtype=torch.bool, device=weight.device)
-    order, losses = [], []
-    scores = _scores(weight, inverse, members, gone, bad) if steps else None
-    for _ in range(steps):
-        assert scores is not None
-        # Indices stay on the device and have a dimension (one without would be read), so that no step waits for it.
-        flat = scores.argmin().reshape(1)
-        group, channel = flat // channels, flat % channels
-        order.append(torch.cat([group, channel]))
-        losses.append(scores.flatten().index_select(0, flat)[0])
-        alone = groups == 1
-        one_weight, one_inverse = (weight, inverse) if alone else (weight[group], inverse[group])
-        _eliminate_(one_weight[0], one_inverse[0], members[channel][0])
-        gone.view(-1).index_fill_(0, flat, True)
-        if alone:
-            scores = _scores(weight, inverse, members, gone, bad)
-            continue
-        weight.index_copy_(0, group, one_weight)
-        inverse.index_copy_(0, group, one_inverse)
-        scores = scores.index_copy(0, group, _scores(one_weight, one_inverse, members, gone[group], bad))
-    if not order:
-        empty = torch.zeros(0, dtype=torch.float64, device=weight.device)
-        return ChannelOrder(empty.new_zeros((0, 2), dtype=torch.int64), empty, bad)
-    return ChannelOrder(torch.stack(order), torch.stack(losses), bad)
+    source = obs_sweep.SweepInput(problem.weight.double(), problem.inverse, problem.damped, keep)
+    swept = obs_sweep.sweep_channels(source, channels, min(steps, channels), own_inverses=own_inverses, backend=backend)
+    return merged(swept, steps)
 
 
-def _start(problem: Problem, keep: Tensor | None, own_inverses: bool, bad: Tensor) -> Tensor:
-    """``[g, P, d, d]``: inverses of the damped Hessian on what is not zero already, the identity on what is.
+def merged(swept: obs_sweep.ChannelOutput, steps: int) -> ChannelOrder:
+    """The first steps of all problems in one order: again and again the cheapest next one, the lower problem of equals.
 
-    The identity is coupled with nothing, so that a channel with zeros has a positive definite block. Raises the flag
-    ``bad`` in place.
+    Problems do not touch each other, so this is the order in which one elimination over all of them would go. A step
+    that is cheaper than one before it in its problem follows at once: it counts as much as the dearest one so far.
     """
-    if keep is None:
-        return problem.inverse[:, None].clone()
-    alive = keep if own_inverses else keep.any(1, keepdim=True)
-    if bool(alive.all()):
-        return problem.inverse[:, None].clone()
-    restricted = problem.damped[:, None] * (alive[..., None] & alive[..., None, :])
-    restricted.diagonal(dim1=-2, dim2=-1).add_((~alive).double())
-    factor, info = torch.linalg.cholesky_ex(restricted)
-    bad |= torch.any(info > 0)
-    return torch.cholesky_inverse(factor)
-
-
-def _scores(weight: Tensor, inverse: Tensor, members: Tensor, gone: Tensor, bad: Tensor) -> Tensor:
-    """Cost of every channel, ``[g, C]``; infinite for those that are gone. Raises the flag ``bad`` in place."""
-    blocks = inverse[:, :, members[:, :, None], members[:, None, :]]
-    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    factor, info = torch.linalg.cholesky_ex(torch.where(gone[:, None, :, None, None], identity, blocks))
-    bad |= torch.any(info > 0)
-    columns = weight[..., members].permute(0, 1, 3, 4, 2)
-    half = torch.linalg.solve_triangular(factor, columns, upper=False)
-    return torch.where(gone, torch.inf, half.square().sum((1, 3, 4)) / 2)
-
-
-def _eliminate_(weight: Tensor, inverse: Tensor, columns: Tensor) -> None:
-    """Fix ``columns`` of ``weight [P, Q, d]`` at zero under ``inverse [P, d, d]``, in place."""
-    rows = inverse[:, columns]
-    block, _ = torch.linalg.cholesky_ex(rows[..., columns])
-    pivot = torch.linalg.solve_triangular(block, rows, upper=False)
-    step = torch.linalg.solve_triangular(block, weight[..., columns].mT, upper=False)
-    weight.baddbmm_(step.mT, pivot, alpha=-1)
-    inverse.baddbmm_(pivot.mT, pivot, alpha=-1)
-    weight[..., columns] = 0.0
-    inverse[:, columns] = 0.0
-    inverse[..., columns] = 0.0
+    taken = torch.sort(torch.cummax(swept.losses, 1).values.flatten(), stable=True).indices[:steps]
+    problem = taken // max(1, swept.order.shape[1])
+    order = torch.stack([problem, swept.order.flatten()[taken]], 1)
+    return ChannelOrder(order, swept.losses.flatten()[taken], swept.broken)

@@ -32,7 +32,7 @@ GRIDS = [
 ] + [IntGrid(1)]
 # Triton's own tests run its sweep under the interpreter, in a process of their own.
 BACKENDS = ["naive", "torch", "numba", pytest.param("triton", marks=pytest.mark.gpu)]
-REFUSED = [(Block(9, 0.5), "triton"), *((Structured(0.5), name) for name in ("naive", "numba", "triton"))]
+REFUSED = [(Block(9, 0.5), "triton")]
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -73,16 +73,8 @@ def device_of(backend: str) -> str:
     return "cuda"
 
 
-def supported(pattern: Pattern, backend: str) -> str:
-    """The device; skips where the pattern is refused, which has a test of its own."""
-    device = device_of(backend)
-    if isinstance(pattern, Structured) and backend != "torch":
-        pytest.skip("refused by name")
-    return device
-
-
 def prune(pattern: Pattern, backend: str, dtype: torch.dtype) -> obs.LayerSolution:
-    device = supported(pattern, backend)
+    device = device_of(backend)
     weight, hessian = layer()
     return obs.prune(weight.to(device, dtype), hessian.to(device), pattern, channels=CHANNELS, backend=backend)
 
@@ -174,7 +166,7 @@ def test_a_backend_without_the_pattern_is_refused_by_name(pattern: Pattern, back
 @pytest.mark.parametrize("pattern", [Block(9, 0.5), Structured(0.5)], ids=str)
 def test_the_others_solve_it(pattern: Pattern) -> None:
     weight, hessian = torch.randn(3, 18), torch.eye(18, dtype=torch.float64)
-    for backend in ("auto", "torch"):
+    for backend in ("auto", "naive", "torch", "numba"):
         Prune(pattern, backend=backend)
         assert obs.prune(weight, hessian, pattern, backend=backend).sparsity == 0.5
 
@@ -187,5 +179,5 @@ def test_auto_takes_torch_where_the_first_choice_lacks_the_pattern() -> None:
         assert dispatch.resolve_backend("auto", "cuda") == "triton"
         assert block_backend("auto", "cuda", 8) == "triton"
         assert block_backend("auto", "cuda", 9) == "torch"
-        assert resolve_among("auto", "cuda", ("torch",), "structured") == "torch"
+        assert resolve_among("auto", "cuda", ("torch",), "a pattern") == "torch"
     Prune(Block(8, 0.5), backend="triton")
