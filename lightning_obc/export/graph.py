@@ -68,8 +68,14 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def trace(model: nn.Module, sample: Sample, *, dynamic_batch: bool = True) -> Graph:
+def trace(model: nn.Module, sample: Sample, *, dynamic_batch: bool = True, decompose: bool = True) -> Graph:
     """Trace a model in evaluation mode into functional operators; the model is left as it was.
+
+    Args:
+        model: Traced on its own device.
+        sample: Its arguments.
+        dynamic_batch: Leave the first dimension of every input open.
+        decompose: Into core operators that change nothing in place; without, operators are those of the model's code.
 
     Raises:
         ExportError: The model cannot be traced (data-dependent control flow, unsupported inputs).
@@ -85,7 +91,8 @@ def trace(model: nn.Module, sample: Sample, *, dynamic_batch: bool = True) -> Gr
     try:
         with evaluation(model), torch.no_grad():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
-            module = program.run_decompositions({}).module(check_guards=False)
+            program = program.run_decompositions({}) if decompose else program
+            module = program.module(check_guards=False)
     except Exception as error:
         raise ExportError(
             "The model cannot be traced",

@@ -7,7 +7,7 @@ it holds, and is refused by a model of another structure.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from lightning_obc.checksum import checksum
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import bits
 from lightning_obc.export.masks import decode_mask, encode_mask
+from lightning_obc.export.resizing import Sizes, resize_
 from lightning_obc.export.weights import (
     CompressedWeight,
     Solutions,
@@ -59,13 +60,16 @@ class PackedFile:
         return self.dense_size / self.size
 
 
-def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overwrite: bool = False) -> PackedFile:
+def save_packed(
+    model: nn.Module, solutions: Solutions, path: PathLike, *, sizes: Sizes | None = None, overwrite: bool = False
+) -> PackedFile:
     """Write a compressed model's state dict, its compressed weights packed.
 
     Args:
         model: The compressed model; not changed. Ranges of quantized inputs that are attached to it go along.
         solutions: Compressed weights by layer name, such as ``CompressionReport.solutions``.
         path: The file.
+        sizes: ``Shrunk.sizes`` of a model that :func:`~lightning_obc.shrink` made: the large model loads the file too.
         overwrite: Replace an existing file.
 
     Raises:
@@ -87,6 +91,7 @@ def save_packed(model: nn.Module, solutions: Solutions, path: PathLike, *, overw
     packed_keys = {key for keys in owners.values() for key in keys}
     aliases = _add_dense(state, packed_keys, tensors)
     manifest = {"layers": layers, "aliases": aliases, "model": structure(state)} | _pack_inputs(model, tensors)
+    manifest |= {"sizes": sizes} if sizes else {}
     _write(target, manifest, tensors)
     dense = sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in aliases)
     return PackedFile(target, target.stat().st_size, dense, tuple(owners), left)
@@ -294,6 +299,7 @@ def _envelope(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]:
     """Load a packed file into a model in place, bit for bit, and quantize inputs as it says.
 
+    A file of a shrunk model makes a model of the sizes before smaller first.
     Everything is read and checked before the first tensor of the model is written.
 
     Returns:
@@ -305,6 +311,20 @@ def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]
         FingerprintError: It was written from a model with other tensors.
     """
     manifest, tensors = read_packed(path)
+    undo: Callable[[], None] | None = None
+    if manifest.get("sizes") and structure(plain_state(model)) != manifest["model"]:
+        undo = resize_(getattr(model, "_orig_mod", model), manifest["model"], manifest["sizes"])
+    try:
+        return _load(model, manifest, tensors, path)
+    except Exception:
+        if undo is not None:
+            undo()
+        raise
+
+
+def _load(
+    model: nn.Module, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor], path: PathLike
+) -> dict[str, CompressedWeight]:
     state = plain_state(model)
     _check_structure(manifest["model"], structure(state), path)
     values = {key.removeprefix("dense/"): value for key, value in tensors.items() if key.startswith("dense/")}
