@@ -62,6 +62,10 @@ class NotPositiveDefiniteError(OBCError, RuntimeError):
     """A Hessian that no bounded amount of damping makes positive definite."""
 
 
+class AsymmetricHessianError(OBCError, ValueError):
+    """A Hessian whose two triangles differ by more than rounding."""
+
+
 class CalibrationError(OBCError, RuntimeError):
     """Calibration data that cannot be used."""
 

@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_obc.errors import NonFiniteError, NotPositiveDefiniteError, ShapeError
+from lightning_obc.errors import AsymmetricHessianError, NonFiniteError, NotPositiveDefiniteError, ShapeError
 
 _DEAD_DIAGONAL = 1e-8
 _FIRST_DAMPING = 1e-6
 _BUDGET_SHARE = 0.25
 _WIDE_ROW = 64
+# Rounding both triangles to bfloat16, apart, makes them differ by 2^-8 of an entry at most; this leaves a factor of 8
+# for products that were accumulated in it. A triangle that was left empty differs by the correlation of two columns.
+ASYMMETRY = 2.0**-5
+_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,46 @@ def check_hessian(hessian: Tensor) -> None:
             expected="finite values",
             remedy="look for NaN or Inf in the calibration inputs of this layer",
         )
+
+
+def symmetrised(hessian: Tensor) -> Tensor:
+    """``[g, d, d]`` as it is where it is symmetric to the last bit, otherwise ``(H + Hᵀ)/2``.
+
+    Its entries are products of columns, so ``√(H_ii H_jj)`` is the most that ``H_ij`` can be, and what the difference of
+    the triangles is measured against. One pass in strips of rows; no copy unless one is returned.
+
+    Raises:
+        AsymmetricHessianError: The triangles differ by more than 1/32 of that somewhere.
+        NonFiniteError: So they do because of Inf. NaN is left to :func:`check_hessian`.
+    """
+    scale = hessian.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    worst = []
+    for first in range(0, hessian.shape[-1], _STRIP):
+        here = slice(first, first + _STRIP)
+        strip = (hessian[:, here, first:] - hessian[:, first:, here].mT).abs_()
+        most = scale[:, here, None] * scale[:, None, first:]
+        # Where a column is dead, nothing but zeros is possible: any difference is infinitely large.
+        worst.append(torch.where(strip > 0, strip / most, 0.0).amax((1, 2)))
+    found = torch.stack(worst, 1)
+    largest = float(found.max())
+    if largest > ASYMMETRY:
+        check_hessian(hessian)
+        _refuse_asymmetry(hessian, scale, largest, int(found.argmax()) // len(worst))
+    return hessian if largest == 0 else (hessian + hessian.mT) / 2
+
+
+def _refuse_asymmetry(hessian: Tensor, scale: Tensor, largest: float, problem: int) -> None:
+    matrix, most = hessian[problem], scale[problem]
+    difference = (matrix - matrix.T).abs()
+    ratio = torch.where(difference > 0, difference / (most[:, None] * most), 0.0)
+    i, j = divmod(int(ratio.argmax()), len(matrix))
+    raise AsymmetricHessianError(
+        "A Hessian is not symmetric",
+        got=f"H[{i}, {j}] = {float(matrix[i, j]):.6g} but H[{j}, {i}] = {float(matrix[j, i]):.6g} in problem {problem}: "
+        f"{largest:.3g} of √(H[{i}, {i}]·H[{j}, {j}]), the largest difference",
+        expected=f"2·X·Xᵀ/n with both triangles filled, equal to {ASYMMETRY:.3g} of that (rounding is evened out)",
+        remedy="fill both triangles, H = (H + H.T)/2 or H = torch.tril(H) + torch.tril(H, -1).T, or accumulate H anew",
+    )
 
 
 def safe_inverse(hessian: Tensor, damping: float, *, retries: int = 3) -> InverseResult:

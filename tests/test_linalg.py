@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_obc.errors import NonFiniteError, NotPositiveDefiniteError, ShapeError
-from lightning_obc.linalg import damped, dead_columns, resolve_budget, safe_inverse
+from lightning_obc.errors import AsymmetricHessianError, NonFiniteError, NotPositiveDefiniteError, ShapeError
+from lightning_obc.linalg import damped, dead_columns, resolve_budget, safe_inverse, symmetrised
 
 
 def hessian(groups: int, columns: int, samples: int, seed: int = 0) -> torch.Tensor:
@@ -81,6 +81,54 @@ def test_non_finite_hessian_is_named(value: float) -> None:
 def test_wrong_type_is_named() -> None:
     with pytest.raises(ShapeError, match="float64"):
         safe_inverse(hessian(1, 4, 10).float(), 0.01)
+
+
+def test_a_symmetric_matrix_is_handed_on_without_a_copy() -> None:
+    h = hessian(2, 700, 900)
+    h = h + h.mT
+    assert symmetrised(h) is h
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_triangles_that_were_rounded_apart_are_evened_out(dtype: torch.dtype) -> None:
+    """Nearest in one triangle, a step away in the other: the most that one rounding can do."""
+    h = hessian(2, 300, 900)
+    rounded = h.to(dtype).double()
+    rounded += torch.triu(torch.finfo(dtype).eps * rounded, 1)
+    got = symmetrised(rounded)
+    assert torch.equal(got, got.mT)
+    torch.testing.assert_close(got, rounded, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def spoiled(kind: str) -> tuple[torch.Tensor, str]:
+    h = hessian(2, 600, 800)
+    if kind == "one triangle":
+        return torch.tril(h), "problem"
+    if kind == "one entry":
+        h[1, 590, 3] += 0.04 * float((h[1, 590, 590] * h[1, 3, 3]).sqrt())
+        return h, r"H\[(590, 3|3, 590)\].*problem 1"
+    if kind == "a dead column":
+        h[0, 7] = h[0, :, 7] = 0.0
+        h[0, 7, 300] = 1e-9
+        return h, r"H\[(7, 300|300, 7)\].*problem 0: inf"
+    return h + torch.randn(h.shape, generator=torch.Generator().manual_seed(0), dtype=h.dtype), "problem"
+
+
+@pytest.mark.parametrize("kind", ["one triangle", "one entry", "a dead column", "noise"])
+def test_gross_asymmetry_is_named_with_its_place(kind: str) -> None:
+    h, match = spoiled(kind)
+    before = h.clone()
+    with pytest.raises(AsymmetricHessianError, match=match) as caught:
+        symmetrised(h)
+    assert caught.value.remedy is not None
+    assert torch.equal(h, before)
+
+
+def test_infinity_in_one_triangle_is_not_called_asymmetry() -> None:
+    h = hessian(1, 4, 10)
+    h[0, 1, 3] = float("inf")
+    with pytest.raises(NonFiniteError):
+        symmetrised(h)
 
 
 def test_budget_defaults_to_a_share_of_free_memory() -> None:

@@ -134,6 +134,7 @@ def prepare(weight: Tensor, hessian: HessianLike, damping: float = 0.01) -> Prob
     Raises:
         ShapeError: Shapes or dtypes do not belong together.
         NonFiniteError: NaN or Inf in the weight or the Hessian.
+        AsymmetricHessianError: The two triangles of the Hessian differ by more than rounding, which is evened out.
         NotPositiveDefiniteError: No bounded damping makes ``H`` positive definite.
     """
     check_weight(weight)
@@ -141,6 +142,7 @@ def prepare(weight: Tensor, hessian: HessianLike, damping: float = 0.01) -> Prob
     full = on_device(full_hessian(hessian), weight.device)
     full = full if full.dim() == 3 else full[None]
     _check_hessian(full, batched)
+    full = linalg.symmetrised(full)
     dead = linalg.dead_columns(full)
     inverse = linalg.safe_inverse(full, damping)
     return Problem(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_obc import baselines, obs
 from lightning_obc.errors import (
+    AsymmetricHessianError,
     NonFiniteError,
     NotPositiveDefiniteError,
     OBCError,
@@ -333,6 +334,22 @@ def test_tensors_without_data_are_named(solver: Solver, damping: float | str) ->
     for bad_weight, bad_hessian in ((weight.to("meta"), halves), (weight, halves.to("meta"))):
         with pytest.raises(ShapeError, match=r"has no data.*meta device"):
             solver(bad_weight, bad_hessian, damping=damping)
+
+
+@every_solver
+def test_a_hessian_with_one_triangle_is_named(solver: Solver) -> None:
+    weight, hessian = problem()
+    with pytest.raises(AsymmetricHessianError, match=r"H\[\d+, \d+\].*both triangles filled.*Remedy"):
+        solver(weight, torch.tril(hessian))
+
+
+@every_solver
+def test_triangles_in_half_precision_are_evened_out(solver: Solver) -> None:
+    weight, hessian = problem()
+    uneven = hessian.bfloat16().double()
+    uneven += torch.triu(2**-8 * uneven, 1)
+    even = (uneven + uneven.T) / 2
+    assert torch.equal(solver(weight, uneven).weight, solver(weight, even).weight)
 
 
 @every_solver
