@@ -105,8 +105,8 @@ def check_hessian(hessian: Tensor) -> None:
 def symmetrised(hessian: Tensor) -> Tensor:
     """``[g, d, d]`` as it is where it is symmetric to the last bit, otherwise ``(H + Hᵀ)/2``.
 
-    Its entries are products of columns, so ``√(H_ii H_jj)`` is the most that ``H_ij`` can be, and what the difference of
-    the triangles is measured against. One pass in strips of rows; no copy unless one is returned.
+    Its entries are products of columns, so ``√(H_ii H_jj)`` is the most that ``H_ij`` can be, and what the difference
+    of the triangles is measured against. One pass in strips of rows; no copy unless one is returned.
 
     Raises:
         AsymmetricHessianError: The triangles differ by more than 1/32 of that somewhere.
@@ -135,10 +135,10 @@ def _refuse_asymmetry(hessian: Tensor, scale: Tensor, largest: float, problem: i
     i, j = divmod(int(ratio.argmax()), len(matrix))
     raise AsymmetricHessianError(
         "A Hessian is not symmetric",
-        got=f"H[{i}, {j}] = {float(matrix[i, j]):.6g} but H[{j}, {i}] = {float(matrix[j, i]):.6g} in problem {problem}: "
-        f"{largest:.3g} of √(H[{i}, {i}]·H[{j}, {j}]), the largest difference",
-        expected=f"2·X·Xᵀ/n with both triangles filled, equal to {ASYMMETRY:.3g} of that (rounding is evened out)",
-        remedy="fill both triangles, H = (H + H.T)/2 or H = torch.tril(H) + torch.tril(H, -1).T, or accumulate H anew",
+        got=f"H[{i}, {j}] = {float(matrix[i, j]):.6g}, H[{j}, {i}] = {float(matrix[j, i]):.6g} in problem {problem}: "
+        f"{largest:.3g} of √(H[{i}, {i}]·H[{j}, {j}]), the most",
+        expected=f"2·X·Xᵀ/n with both triangles filled, equal to 1/{1 / ASYMMETRY:.0f} of that (less is averaged)",
+        remedy="fill both triangles, H = (H + H.mT)/2 or torch.tril(H) + torch.tril(H, -1).mT, or accumulate H anew",
     )
 
 

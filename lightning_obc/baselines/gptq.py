@@ -8,7 +8,9 @@ from lightning_obc.baselines.rounding import quantized_solution, zero_codes
 from lightning_obc.baselines.units import units_of
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
+from lightning_obc.obs.curves import with_curve
 from lightning_obc.obs.damping import with_damping
+from lightning_obc.obs.orders import rounding_curve
 from lightning_obc.obs.problem import HessianLike, check_channels, prepare
 from lightning_obc.obs.quantize import check_mask, rows_of_mask
 from lightning_obc.obs.solution import LayerSolution
@@ -51,9 +53,10 @@ def gptq(
         start = problem.weight
         fitted = fit_grid(start if keep is None else start * keep, spec, channels=channels, hessian=problem.damped)
         order = column_order(problem, units_of(start.shape[-1], channels, 1), act_order)
-        fixed = eliminate(upper_factor(problem, order), start, order, GridRule(fitted, order, keep), block)
+        fixed, losses = eliminate(upper_factor(problem, order), start, order, GridRule(fitted, order, keep), block)
         # The fixed values are grid points, so encoding them again is exact.
         codes = zero_codes(fitted, fitted.encode(fixed), keep)
-        return quantized_solution(problem, fitted, codes, keep, "gptq")
+        solution = quantized_solution(problem, fitted, codes, keep, "gptq")
+        return with_curve(solution, problem, rounding_curve(losses, order, start, keep))
 
     return with_damping(weight, hessian, damping, solve)

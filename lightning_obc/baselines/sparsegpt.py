@@ -12,7 +12,9 @@ from lightning_obc.baselines.units import units_of
 from lightning_obc.errors import SpecError
 from lightning_obc.grid_fitting import fit_grid
 from lightning_obc.obs.columns import GridRule, Unit, column_order, eliminate, upper_factor
+from lightning_obc.obs.curves import column_curve, with_curve
 from lightning_obc.obs.damping import with_damping
+from lightning_obc.obs.orders import rounding_curve
 from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
 from lightning_obc.obs.prune import check_fit, group_size
 from lightning_obc.obs.select import zeros_for
@@ -137,9 +139,12 @@ def _solve(
     alive = order.take(start != 0).mT.contiguous()
     factor = upper_factor(problem, order)
     rule = MaskRule(pattern, factor, alive, order.units, grid_rule)
-    fixed = eliminate(factor, start, order, rule, block)
+    fixed, losses = eliminate(factor, start, order, rule, block)
     keep = order.restore(rule.keep.mT.contiguous())
     if fitted is None:
-        return problem.solution(torch.where(keep, fixed, 0.0), keep, problem.status("sparsegpt"))
+        solution = problem.solution(torch.where(keep, fixed, 0.0), keep, problem.status("sparsegpt"))
+        gone = (~rule.keep).sum((0, 2))
+        return with_curve(solution, problem, column_curve(losses, gone, keep.numel()))
     codes = zero_codes(fitted, fitted.encode(fixed), keep)
-    return quantized_solution(problem, fitted, codes, keep, "sparsegpt")
+    solution = quantized_solution(problem, fitted, codes, keep, "sparsegpt")
+    return with_curve(solution, problem, rounding_curve(losses, order, start, keep))

@@ -108,7 +108,7 @@ def column_order(problem: Problem, units: list[Unit], act_order: bool) -> Column
     return ColumnOrder(torch.cat(parts, 1), runs)
 
 
-def eliminate(factor: Tensor, start: Tensor, order: ColumnOrder, rule: ColumnRule, block: int) -> Tensor:
+def eliminate(factor: Tensor, start: Tensor, order: ColumnOrder, rule: ColumnRule, block: int) -> tuple[Tensor, Tensor]:
     """Fix all columns in order, block by block, later blocks updated lazily by one matrix product.
 
     Args:
@@ -119,8 +119,10 @@ def eliminate(factor: Tensor, start: Tensor, order: ColumnOrder, rule: ColumnRul
         block: Columns per lazy update; a block ends with a unit.
 
     Returns:
-        ``[g, R, d]``, the values at which the columns were fixed, in the original order of the columns.
+        ``[g, R, d]``, the values at which the columns were fixed, in the original order of the columns; and ``[d]``
+        float64, the damped loss that each step added over all problems and rows, in the order of the steps.
     """
+    losses = []
     weight = order.take(start).mT.contiguous()
     for units in _blocks(order.units, block):
         first, last = units[0][0], units[-1][1]
@@ -135,7 +137,8 @@ def eliminate(factor: Tensor, start: Tensor, order: ColumnOrder, rule: ColumnRul
                 weight[:, column + 1 : last] -= factor[:, column, column + 1 : last, None] * error[:, None]
                 errors[:, column - first] = error
         weight[:, last:] -= factor[:, first:last, last:].mT @ errors
-    return order.restore(weight.mT.contiguous())
+        losses.append(errors.double().square().sum((0, 2)) / 2)
+    return order.restore(weight.mT.contiguous()), torch.cat(losses)
 
 
 def upper_factor(problem: Problem, order: ColumnOrder) -> Tensor:

@@ -6,11 +6,13 @@ Curves are pairs of a share in (0, 1] and a cumulative damped loss, before any r
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_obc.obs.problem import Problem
+from lightning_obc.obs.solution import LayerSolution
 
 Curve = tuple[tuple[float, float], ...]
 POINTS = 33
@@ -64,6 +66,20 @@ def step_curve(losses: Tensor, count: Tensor, fixed: Tensor, whole: int, points:
     return _finite(list(zip(shares, values, strict=True)))
 
 
+def column_curve(losses: Tensor, made: Tensor, whole: int, points: int = POINTS) -> Curve:
+    """The loss when all rows fix one column after the other, in an order that they share.
+
+    Args:
+        losses: ``[d]``, what each step added over all rows.
+        made: ``[d]``, how many weights of its column each step rounds, or sets to zero.
+        whole: What the share is of: so many weights.
+        points: At most so many, evenly spaced over the columns. Columns that make none add to the point before them.
+    """
+    at = torch.tensor(_spaced(0, len(losses), points), dtype=torch.long, device=losses.device)
+    shares, values = (made.long().cumsum(0)[at] / max(1, whole)).tolist(), losses.cumsum(0)[at].tolist()
+    return _finite(list(dict(zip(shares, values, strict=True)).items()))
+
+
 def relative(curve: Curve, problem: Problem, reference: float) -> Curve:
     """The curve with losses as a share of that of a layer without weights: ``½ w (H + λ̄I) wᵀ``.
 
@@ -75,6 +91,11 @@ def relative(curve: Curve, problem: Problem, reference: float) -> Curve:
     norms = problem.original_batched().double().square().sum((1, 2))
     whole = reference + float((problem.lam_bar * norms).sum() / 2)
     return _finite([(share, loss / whole) for share, loss in curve]) if whole > 0 else ()
+
+
+def with_curve(solution: LayerSolution, problem: Problem, curve: Curve) -> LayerSolution:
+    """The solution of a problem with a curve of losses as they are."""
+    return replace(solution, curve=relative(curve, problem, solution.reference))
 
 
 def _spaced(first: int, last: int, points: int) -> list[int]:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from lightning_obc.grid_fitting import refit_scale
 from lightning_obc.grids import Grid
-from lightning_obc.obs.columns import GridRule, column_order, eliminate, upper_factor
+from lightning_obc.obs.columns import ColumnOrder, GridRule, column_order, eliminate, upper_factor
+from lightning_obc.obs.curves import Curve, column_curve
 from lightning_obc.obs.problem import Problem, row_losses
 
 LAZY = 128
 
 
-def column_order_codes(problem: Problem, grid: Grid, keep: Tensor | None, *, act_order: bool) -> Tensor:
-    """Codes ``[g, R, d]`` by elimination of the columns in one order for all rows.
+def column_order_codes(problem: Problem, grid: Grid, keep: Tensor | None, *, act_order: bool) -> tuple[Tensor, Curve]:
+    """Codes ``[g, R, d]`` by elimination of the columns in one order for all rows, and the losses of its steps.
 
     Args:
         problem: The prepared problem.
@@ -38,8 +39,18 @@ def column_order_codes(problem: Problem, grid: Grid, keep: Tensor | None, *, act
     columns = problem.weight.shape[-1]
     order = column_order(problem, [(column, column + 1) for column in range(columns)], act_order)
     rule = GridRule(grid, order, keep)
-    codes = grid.encode(eliminate(upper_factor(problem, order), problem.weight, order, rule, LAZY))
-    return codes if keep is None else torch.where(keep, codes, grid.expand(grid.zero_point, columns).to(torch.uint8))
+    fixed, losses = eliminate(upper_factor(problem, order), problem.weight, order, rule, LAZY)
+    codes, curve = grid.encode(fixed), rounding_curve(losses, order, problem.weight, keep)
+    if keep is not None:
+        codes = torch.where(keep, codes, grid.expand(grid.zero_point, columns).to(torch.uint8))
+    return codes, curve
+
+
+def rounding_curve(losses: Tensor, order: ColumnOrder, weight: Tensor, keep: Tensor | None) -> Curve:
+    """Losses ``[d]`` of the steps over the share of kept weights of ``[g, R, d]`` that are rounded."""
+    kept = torch.ones_like(weight, dtype=torch.bool) if keep is None else keep
+    made = order.take(kept).sum((0, 1))
+    return column_curve(losses, made, int(made.sum()))
 
 
 def ranked_by_row(problem: Problem, grid: Grid, candidates: list[Tensor]) -> tuple[Grid, list[Tensor]]:

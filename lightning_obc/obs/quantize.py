@@ -126,7 +126,9 @@ def choose_codes(
     for fixed in ("activation", "ascending"):
         if order == fixed or (order == "auto" and start.shape[-1] > 1):
             try:
-                candidates.append(column_order_codes(problem, grid, keep, act_order=fixed == "activation"))
+                codes, steps = column_order_codes(problem, grid, keep, act_order=fixed == "activation")
+                candidates.append(codes)
+                curve = curve or steps
             except NotPositiveDefiniteError:
                 if not candidates:
                     raise

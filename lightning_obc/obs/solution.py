@@ -93,9 +93,10 @@ class LayerSolution:
         grid: Scale and zero point of a quantized solution, otherwise None.
         codes: uint8 codes, same shape as ``weight``, of a quantized solution.
         refinement: What refinement brought, or None when there was none.
-        curve: Points of the greedy sweep that chose mask or codes, before refits and refinement: share of the weights
-            that are zero, or of the kept weights that are rounded, and damped loss as a share of that of no weights at
-            all. Empty where no sweep in OBS order was made (other solvers and orders of rounding).
+        curve: Points of the sweep that chose mask or codes (the greedy one, where several orders were tried), before
+            refits and refinement: share of the weights that are zero, or of the kept weights that are rounded, and
+            damped loss as a share of that of no weights at all. Empty of solvers that take no steps: magnitude,
+            nearest rounding, AdaPrune.
     """
 
     weight: Tensor

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_obc import baselines, obs
 from lightning_obc.obs.curves import heap_curve, line, step_curve
 from lightning_obc.obs.parts import solution_from_parts, solution_parts
+from lightning_obc.solvers import Order
 from lightning_obc.specs import NM, Block, IntGrid, Structured, Unstructured
 
 
@@ -94,11 +95,56 @@ def test_a_curve_of_rounding_ends_at_the_loss_of_the_greedy_codes(masked: bool, 
     assert refined.curve == found.curve, "the sweep's, before refinement"
 
 
-def test_solvers_without_a_sweep_in_obs_order_have_no_curve() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("order", ["activation", "ascending"])
+def test_a_curve_of_columns_ends_at_the_loss_of_their_codes(order: Order, masked: bool) -> None:
     weight, hessian = layer()
-    assert obs.quantize(weight, hessian, IntGrid(4), order="activation").curve == ()
+    mask = (weight.abs() > 0.3) if masked else None
+    start = weight if mask is None else weight * mask
+    act_order = order == "activation"
+    for found in (
+        obs.quantize(start, hessian, IntGrid(3), mask=mask, order=order),
+        baselines.gptq(start, hessian, IntGrid(3), mask=mask, act_order=act_order, block=7),
+    ):
+        assert is_a_curve(found.curve)
+        expected = (found.loss + found.damping_loss) / whole(start, hessian)
+        assert found.curve[-1] == (1.0, pytest.approx(expected, rel=1e-4))
+
+
+def test_every_point_of_a_column_curve_is_what_fixing_so_many_columns_costs() -> None:
+    """The best that free columns can do about the error of those before them, by least squares."""
+    weight, hessian = layer(groups=1)
+    found = baselines.gptq(weight.double(), hessian, IntGrid(3))
+    damped = hessian[0] + 0.01 * hessian[0].diagonal().mean() * torch.eye(24, dtype=hessian.dtype)
+    assert len(found.curve) == 24
+    for count, (share, loss) in enumerate(found.curve, 1):
+        error = (found.weight - weight.double())[0, :, :count]
+        # The Schur complement of the free columns.
+        left = torch.linalg.inv(torch.linalg.inv(damped)[:count, :count])
+        assert share == pytest.approx(count / 24)
+        assert loss * whole(weight, hessian) == pytest.approx(float(((error @ left) * error).sum() / 2), rel=1e-8)
+
+
+@pytest.mark.parametrize("grid", [None, 4])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4), Block(4, 0.5)], ids=str)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_curve_of_sparsegpt_ends_at_the_loss_of_the_solution(
+    pattern: Unstructured | NM | Block, grid: int | None, act_order: bool
+) -> None:
+    weight, hessian = layer(zeros=True)
+    found = baselines.sparsegpt(weight, hessian, pattern, grid=grid, act_order=act_order, block=8)
+    assert is_a_curve(found.curve)
+    expected = (found.loss + found.damping_loss) / whole(weight, hessian)
+    share = found.sparsity if grid is None else 1.0
+    assert found.curve[-1] == (pytest.approx(share), pytest.approx(expected, rel=1e-4))
+
+
+def test_solvers_without_steps_have_no_curve() -> None:
+    weight, hessian = layer()
     assert obs.quantize(weight, torch.eye(24, dtype=torch.float64).expand(2, 24, 24), IntGrid(4)).curve == ()
     assert baselines.magnitude(weight, hessian, "2:4").curve == ()
+    assert baselines.adaprune(weight, hessian, "2:4").curve == ()
+    assert baselines.round_to_nearest(weight, hessian, 4).curve == ()
     assert obs.prune(torch.zeros_like(weight), hessian, "2:4").curve == ()
 
 

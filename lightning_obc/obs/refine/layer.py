@@ -49,7 +49,7 @@ class GreedyCodes:
 
     Attributes:
         others: Other codes to start from: those of every row's second best order, where several were tried.
-        curve: Losses of the greedy order's steps, where it was tried.
+        curve: Losses of the greedy order's steps where it was tried, otherwise those of the fixed order.
     """
 
     problem: Problem
@@ -182,7 +182,7 @@ def _from_all_starts(
     )
     if not spec.restart or limit.passed() or not bool(allowed.any()):
         return
-    others = start.others or (column_order_codes(problem, start.grid, keep, act_order=True),)
+    others = start.others or (column_order_codes(problem, start.grid, keep, act_order=True)[0],)
     for codes in others:
         if not limit.passed():
             other = _last(run(codes, None))
