@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_obc.calibration import Collector, calibration_batches, offloading
+from lightning_obc.calibration import Collector, calibration_batches, offloading, rereadable
 from lightning_obc.correction import CorrectionReport, dense_references, run_correction
 from lightning_obc.correction_spec import Correct
 from lightning_obc.distributed import Ranks, SingleProcess, all_or_none
@@ -20,6 +20,7 @@ from lightning_obc.files import PathLike
 from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import reached_edges
 from lightning_obc.planning import check_execution, check_schedule, plan_stage
+from lightning_obc.rehearsal import rehearse
 from lightning_obc.report import CompressionReport, StageReport, weight_samples
 from lightning_obc.report.progress import shown
 from lightning_obc.specs import Calibration, Stage
@@ -107,7 +108,8 @@ def compress(
 
     Raises:
         SpecError, PatternError, LayerNotFoundError, NonFiniteError, CalibrationError: Before any weight is changed
-            by the stage concerned.
+            by the stage concerned. Calls that the model does not take, and layers that no batch reaches, are found
+            with one batch before the first stage; not in iterable data sets, which may be readable only once.
         FingerprintError: The store holds layers of another model, recipe or calibration.
         DeviceMemoryError: A block of the model does not fit ``calibration.execution_device``.
         RankError: The ranks hold different models, or one of them failed.
@@ -118,13 +120,16 @@ def compress(
     edges = reached_edges(model, stages, lambda: Collector(model, source, spec, forward))
     check_schedule(model, stages, edges)
     check_execution(model, stages, spec)
-    plans = [str(plan_stage(model, stage, spec, edges)) for stage in stages]
+    planned = [plan_stage(model, stage, spec, edges) for stage in stages]
+    team = ranks or SingleProcess()
+    if rereadable(source):
+        rehearse(Collector(model, source, spec, forward, ranks=team), planned)
+    plans = [str(plan) for plan in planned]
     samples = weight_samples(model)
     solved = None if store is None else SolutionStore(store)
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
     corrections: list[CorrectionReport] = []
-    team = ranks or SingleProcess()
     with ExitStack() as stack:
         report_progress = stack.enter_context(shown(progress if team.rank == 0 else False))
         stack.enter_context(all_or_none(team))

@@ -56,6 +56,7 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": LEAVES | {"layers", "obs"},
     "layerwise": LEAVES | {"layers", "calibration"},
     "planning": LEAVES | {"layerwise", "layers", "calibration", "obs", "report", "correction"},
+    "rehearsal": LEAVES | {"planning", "calibration"},
     "solving": LEAVES | {"obs", "baselines"},
     "timing": LEAVES | {"obs", "solving"},
     "forecast": LEAVES | {"timing", "layerwise", "planning", "layers", "calibration", "obs"},
@@ -76,13 +77,25 @@ ALLOWED: dict[str, set[str]] = {
         "report",
     },
     "pipeline": LEAVES
-    | {"stage_run", "team", "store", "layerwise", "planning", "layers", "calibration", "correction", "report"},
+    | {
+        "stage_run",
+        "team",
+        "store",
+        "layerwise",
+        "planning",
+        "rehearsal",
+        "layers",
+        "calibration",
+        "correction",
+        "report",
+    },
     "callbacks": LEAVES
     | {
         "team",
         "store",
         "layerwise",
         "planning",
+        "rehearsal",
         "forecast",
         "stage_run",
         "pipeline",
@@ -97,7 +110,9 @@ ALLOWED: dict[str, set[str]] = {
     },
     "cli": LEAVES
     | {
+        "layerwise",
         "planning",
+        "rehearsal",
         "forecast",
         "callbacks",
         "pipeline",

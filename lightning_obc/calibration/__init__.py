@@ -12,8 +12,9 @@ from lightning_obc.calibration.memory import on_host, statistic_bytes
 from lightning_obc.calibration.offload import Offload, execution_device, offload_of, offloading
 from lightning_obc.calibration.paired import PairedAccumulator, check_comparable, collect_paired
 from lightning_obc.calibration.rng import preserved_rng
-from lightning_obc.calibration.source import CalibrationBatches, calibration_batches
+from lightning_obc.calibration.source import CalibrationBatches, calibration_batches, no_batches, rereadable
 from lightning_obc.calibration.statistic import HessianAccumulator, check_finite
+from lightning_obc.calibration.untouched import untouched
 
 __all__ = [
     "CalibrationBatches",
@@ -34,11 +35,14 @@ __all__ = [
     "eager_forward",
     "execution_device",
     "inputs_of",
+    "no_batches",
     "offload_of",
     "offloading",
     "on_host",
     "preserved_rng",
+    "rereadable",
     "statistic_bytes",
     "to_device",
     "undisturbed",
+    "untouched",
 ]

@@ -218,6 +218,16 @@ def _count(source: Any, unit: str) -> str:
         return f"an unknown number of {unit}"
 
 
+def rereadable(source: Any) -> bool:
+    """True for data of which a batch can be read beforehand without being missed later: tensors, sequences of batches,
+    and data sets and loaders with random access. Iterators and iterable data sets may be readable only once."""
+    if isinstance(source, CalibrationBatches):
+        source = source.origin
+    if isinstance(source, DataLoader):
+        source = source.dataset
+    return isinstance(source, (Tensor, Sequence, Dataset)) and not isinstance(source, IterableDataset)
+
+
 def _from_loader(loader: DataLoader[Any], spec: Calibration) -> CalibrationBatches:
     plain = type(loader.batch_sampler) is BatchSampler and not isinstance(loader.dataset, IterableDataset)
     if not plain:

@@ -5,7 +5,7 @@ Elsewhere in this package only Lightning's public interface is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from lightning.pytorch.utilities.exceptions import _TunerExitException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.calibration import preserved_rng, rereadable
 from lightning_obc.distributed import Ranks, SingleProcess, all_ranks
 from lightning_obc.errors import CalibrationError, StrategyError
 
@@ -113,10 +113,9 @@ def calibration_source(trainer: Trainer) -> Any:
     if trainer.state.fn != TrainerFn.FITTING and datamodule is not None:
         # Outside of fit, Lightning has set the datamodule up for another stage: its train split may not exist.
         call._call_lightning_datamodule_hook(trainer, "setup", stage="fit")
-    for owner in (datamodule, trainer.lightning_module):
-        make = getattr(owner, "calibration_dataloader", None)
-        if callable(make):
-            return make()
+    make = _own_calibration(trainer)
+    if make is not None:
+        return make()
     source = trainer.fit_loop._data_source
     if source.instance is None or (
         isinstance(source.instance, (LightningModule, LightningDataModule))
@@ -129,6 +128,42 @@ def calibration_source(trainer: Trainer) -> Any:
             remedy="pass a datamodule, or define calibration_dataloader() on the LightningModule",
         )
     return _first_loader(_request_dataloader(source))
+
+
+def _own_calibration(trainer: Trainer) -> Callable[[], Any] | None:
+    """``calibration_dataloader`` of the datamodule or the module, where there is one."""
+    for owner in (vars(trainer).get("datamodule"), trainer.lightning_module):
+        make = getattr(owner, "calibration_dataloader", None)
+        if callable(make):
+            return make  # type: ignore[no-any-return]
+    return None
+
+
+def triable_source(trainer: Trainer) -> Any:
+    """:func:`calibration_source`, if one batch of it can be read beforehand without being missed later; else None.
+
+    Of training data that may be readable only once (iterators, iterable data sets) nothing is read. What
+    ``calibration_dataloader()`` returns is there for calibration alone, unless it is always the same iterator.
+    """
+    source = calibration_source(trainer)
+    if rereadable(source):
+        return source
+    make = _own_calibration(trainer)
+    if make is None or isinstance(getattr(source, "dataset", None), Iterator):
+        return None
+    return None if isinstance(source, Iterator) and make() is source else source
+
+
+@contextmanager
+def unlogged(module: LightningModule) -> Iterator[None]:
+    """Inside, ``self.log`` of the module does nothing: forward passes that log are not allowed in every hook."""
+    names = ("log", "log_dict")
+    vars(module).update(dict.fromkeys(names, lambda *_, **__: None))
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(module).pop(name, None)
 
 
 def _first_loader(loaders: Any) -> Any:

@@ -77,7 +77,7 @@ class MaskGuard(Callback):
         if not self._restored:
             self._take(pl_module)
         self._held.bind(pl_module)
-        self._hooks.attach(trainer, lambda: self._held.apply_())
+        self._hooks.attach(trainer, lambda touched: self._held.apply_(touched))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

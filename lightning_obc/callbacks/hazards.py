@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.checkpoint import is_plain
+from lightning_obc.errors import ScheduleError
 from lightning_obc.schedules import Plateau, times
 from lightning_obc.specs import Stage
 
@@ -25,6 +26,12 @@ def warn_hazards(trainer: Trainer, stages: Sequence[Stage]) -> None:
     """
     if not stages or compat.fast_dev_run(trainer):
         return
+    last = _last_step(trainer)
+    if late := [stage for stage in stages if any(unit == "step" and n > last for unit, n in times(stage.at))]:
+        rank_zero_warn(
+            f"This training has no more than {last:g} optimizer steps: {_listed(late)} will not run. Train longer, or "
+            'use an earlier step or at="train_end".'
+        )
     for callback in compat.callbacks(trainer):
         if isinstance(callback, EarlyStopping):
             in_danger = [stage for stage in stages if _may_miss(trainer, callback, stage)]
@@ -40,6 +47,37 @@ def warn_hazards(trainer: Trainer, stages: Sequence[Stage]) -> None:
                 f"ModelCheckpoint(monitor={monitor!r}) can keep weights from before {stages[-1]} as its best. "
                 "lightning_obc.CompressedCheckpoint takes the same arguments and starts anew behind every stage."
             )
+
+
+def unfinished(trainer: Trainer, left: Sequence[Stage]) -> str:
+    """What is said when a training has ended and stages have not run."""
+    why = stopped_by(trainer)
+    if not why:
+        why = f" (after {trainer.current_epoch} epochs and {trainer.global_step} optimizer steps)"
+    return (
+        f"Training ended{why} before {len(left)} of the compression stages could run: {_listed(left)}. The model is "
+        'not compressed by them. at="train_end" runs however a training ends; a longer training resumed from a '
+        "checkpoint of this one runs them at their time."
+    )
+
+
+def nothing_trained(trainer: Trainer, left: Sequence[Stage]) -> ScheduleError:
+    """The error of a fit without a single batch, in which no stage had its time."""
+    if vars(trainer)["limit_train_batches"] == 0:
+        why = "Trainer(limit_train_batches=0)"
+    elif trainer.fit_loop.max_batches == 0:
+        why = "a train loader without a batch"
+    elif trainer.max_epochs == 0 or trainer.max_steps == 0:
+        why = f"Trainer(max_epochs={trainer.max_epochs}, max_steps={trainer.max_steps})"
+    else:
+        why = f"a training that is over at epoch {trainer.current_epoch}, optimizer step {trainer.global_step}"
+    return ScheduleError(
+        "Nothing was trained, and no compression stage ran",
+        got=f"{why}; stages that have not run: {_listed(left)}",
+        expected="at least one training batch",
+        remedy='look at the train loader and its drop_last, or compress without training: at="validate" and '
+        "trainer.validate, lightning-obc compress, or lightning_obc.compress",
+    )
 
 
 def stopped_by(trainer: Trainer) -> str:
@@ -58,6 +96,19 @@ def warn_old_checkpoint(trainer: Trainer, state: Mapping[str, Any], run_before: 
             f"compression stages had run: {'; '.join(missing)}. lightning_obc.CompressedCheckpoint keeps the best one "
             "from behind them."
         )
+
+
+def _last_step(trainer: Trainer) -> float:
+    """Optimizer steps at the end of the training, at most; infinite where that cannot be told."""
+    epochs = trainer.max_epochs
+    if not trainer.lightning_module.automatic_optimization or epochs is None or epochs < 0:
+        return math.inf
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in compat.callbacks(trainer)):
+        return math.inf
+    batches = trainer.num_training_batches / max(1, trainer.accumulate_grad_batches)
+    if not math.isfinite(batches):
+        return math.inf
+    return trainer.global_step + math.ceil(batches) * max(0, epochs - trainer.current_epoch)
 
 
 def _may_miss(trainer: Trainer, stopping: EarlyStopping, stage: Stage) -> bool:

@@ -6,8 +6,9 @@ Masks and grids live in the callback's state; the weights themselves always carr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,10 +161,15 @@ class HeldWeights:
         self._bound = {}
 
     @torch.no_grad()
-    def apply_(self) -> None:
-        """Put every held weight of the bound model back in its place. Applying twice changes nothing."""
+    def apply_(self, touched: Callable[[frozenset[int]], bool] | None = None) -> None:
+        """Put every held weight of the bound model back in its place. Applying twice changes nothing.
+
+        Args:
+            touched: Says of the ids of a layer's parameters whether one of them may have changed; None means all may.
+        """
         for bound in self._bound.values():
-            bound.apply_()
+            if touched is None or touched(bound.parameters):
+                bound.apply_()
 
     def _pull_latents(self) -> None:
         for name, bound in self._bound.items():
@@ -229,6 +235,11 @@ class _Bound:
     grid: Grid | None = None
     latent: Tensor | None = None
     last: Tensor | None = None
+
+    @cached_property
+    def parameters(self) -> frozenset[int]:
+        """Ids of the parameters of the module."""
+        return frozenset(map(id, self.adapter.owner(self.module).parameters()))
 
     @classmethod
     def make(cls, module: nn.Module, layer: HeldLayer) -> _Bound | None:

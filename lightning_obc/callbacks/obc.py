@@ -18,9 +18,10 @@ from lightning_obc.calibration import Collector
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.account import Account
 from lightning_obc.callbacks.averaging import Averages
+from lightning_obc.callbacks.beginning import Beginning
 from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.figures import model_figures, stage_figures
-from lightning_obc.callbacks.hazards import stopped_by, warn_hazards, warn_old_checkpoint
+from lightning_obc.callbacks.hazards import nothing_trained, unfinished, warn_hazards, warn_old_checkpoint
 from lightning_obc.callbacks.passes import (
     check_destination,
     checked_plans,
@@ -87,9 +88,13 @@ class OBCCallback(Callback):
         store: A folder that gets every solved layer at once. When the process is killed while a stage solves, the same
             run, started again or resumed, goes on behind the last solved layer, with the same result. One folder
             serves one run: delete it before another.
+        check_calibration: Send one calibration batch through the model when a run begins, so that a call that the
+            model does not take, and a layer that no batch reaches, end it then and not at their stage. It changes
+            nothing. False for a model that cannot run before it has been trained.
 
     Raises:
-        ScheduleError: Stages that cannot run in this order, or at these times.
+        ScheduleError: Stages that cannot run in this order, or at these times. In a fit also when nothing was
+            trained (no batch, no epoch), so that no stage ran.
     """
 
     def __init__(
@@ -102,6 +107,7 @@ class OBCCallback(Callback):
         verbose: bool = True,
         store: Optional[Union[str, Path]] = None,
         save_report: bool = True,
+        check_calibration: bool = True,
     ) -> None:
         super().__init__()
         self.stages = list(stages)
@@ -109,13 +115,14 @@ class OBCCallback(Callback):
         self.on_failure: Literal["keep", "raise"] = on_failure
         self.save_checkpoint = save_checkpoint
         self.compare, self.verbose, self.store = compare, verbose, store
-        self.save_report = save_report
+        self.save_report, self.check_calibration = save_report, check_calibration
         self.checkpoint_path: Optional[Path] = None
         self._state = self._fresh()
         self._module: Optional[ref[LightningModule]] = None
         self._hooks = StepHooks()
         self._averages, self._trained = Averages(), False
         self._edges: Optional[Edges] = None
+        self._beginning = Beginning()
         self._account = Account()
         check_order(self._state.timetable.stages)
 
@@ -138,6 +145,11 @@ class OBCCallback(Callback):
     def stages_run(self) -> int:
         """Single steps of the recipe that have run on these weights; a gradual stage has several."""
         return len(self._state.timetable.done)
+
+    @property
+    def stages_left(self) -> list[Stage]:
+        """Single steps of the recipe that belong to a training and have not run; empty behind a complete one."""
+        return self._state.timetable.open()
 
     @property
     def final_figures(self) -> dict[str, float]:
@@ -195,18 +207,21 @@ class OBCCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         attach(pl_module, self._state.inputs)
         left = self._state.timetable.open()
-        self._edges = edges(trainer, pl_module, self.calibration, left)
+        self._edges = self._look(trainer, pl_module, left)
         checked_plans(trainer, pl_module, self, left, self._edges)
         if self.store is not None:
             SolutionStore(self.store)
         check_destination(self.save_checkpoint)
+
+    def _look(self, trainer: Trainer, module: LightningModule, stages: list[Stage]) -> Optional[Edges]:
+        return self._beginning.look(trainer, module, self.calibration, stages, trying=self.check_calibration)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trained = True
         warn_hazards(trainer, self._state.timetable.open())
         self._state.held.bind(pl_module)
         self._averages.bind(trainer, self._state.held)
-        self._hooks.attach(trainer, lambda: self._state.held.apply_())
+        self._hooks.attach(trainer, lambda touched: self._state.held.apply_(touched))
         self._run_due(trainer, pl_module, at_train_start)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,6 +232,7 @@ class OBCCallback(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Resumed behind the last batch of an epoch, Lightning starts the next one without its hook; and after an
         # interruption inside a stage, the step that it belongs to is over.
+        self._beginning.look_at(trainer, pl_module, self.calibration, batch)
         self._run_before_training(trainer, pl_module)
 
     def _run_before_training(self, trainer: Trainer, module: LightningModule) -> None:
@@ -247,12 +263,8 @@ class OBCCallback(Callback):
         everything = compat.fast_dev_run(trainer)
         due = any_of(at_train_end, self._at_plateau)
         self._run_due(trainer, pl_module, (lambda _: True) if everything else due)
-        left = self._state.timetable.open()
-        if left:
-            rank_zero_warn(
-                f"Training ended{stopped_by(trainer)} before {len(left)} of the compression stages could run: "
-                + "; ".join(f"{stage} at {stage.at}" for stage in left)
-            )
+        if self.stages_left:
+            rank_zero_warn(unfinished(trainer, self.stages_left))
         self._finish(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,11 +276,15 @@ class OBCCallback(Callback):
                 self._state.held.bind(pl_module)
                 self.on_train_end(trainer, pl_module)
         elif left and not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
-            rank_zero_warn("Nothing was trained, and no compression stage ran: " + "; ".join(map(str, left)))
+            raise nothing_trained(trainer, left)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Ranges of a checkpoint that was loaded since; where they are attached already, nothing happens.
         attach(pl_module, self._state.inputs)
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            timetable = self._state.timetable
+            due = [timetable.stages[index] for index in timetable.due(at_validate, fitting=False)]
+            self._edges = self._look(trainer, pl_module, due)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -303,7 +319,7 @@ class OBCCallback(Callback):
                 self._account.open(trainer, module, self._state, compare=self.compare)
             collect = collector(trainer, module, self.calibration, display)
             check_execution(module, list(stages.values()), self.calibration)
-            if not fitting:
+            if self._edges is None:
                 self._edges = edges(trainer, module, self.calibration, list(stages.values()))
             with collect.executing():
                 dense = dict(zip(due, references(collect, list(stages.values())), strict=True))

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from lightning_obc.activations import attach, attached, detach, quantizes_inputs
-from lightning_obc.calibration import Collector, calibration_batches, call_forward, offload_of
+from lightning_obc.calibration import Collector, calibration_batches, call_forward, offload_of, preserved_rng
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.held import is_computed
@@ -26,6 +26,7 @@ from lightning_obc.errors import ExportError, ScheduleError, StrategyError, Unsu
 from lightning_obc.layers import LayerPart, select_layers
 from lightning_obc.layerwise import Edges, reached_edges, stage_layers
 from lightning_obc.planning import check_execution, check_schedule, plan_stage
+from lightning_obc.schedules import Plateau
 from lightning_obc.specs import Calibration, Stage
 from lightning_obc.team import begin_together
 
@@ -37,9 +38,11 @@ class Staged(Protocol):
     calibration: Calibration
 
 
-def edges(trainer: Trainer, module: LightningModule, spec: Calibration, stages: Sequence[Stage]) -> Edges | None:
+def edges(
+    trainer: Trainer, module: LightningModule, spec: Calibration, stages: Sequence[Stage], source: Any = None
+) -> Edges | None:
     """The layers that calibration batches reach first and last, where a stage treats them apart."""
-    return reached_edges(module, stages, lambda: collector(trainer, module, spec, Display(trainer)))
+    return reached_edges(module, stages, lambda: collector(trainer, module, spec, Display(trainer), source))
 
 
 def checked_plans(
@@ -124,21 +127,41 @@ def follow(trainer: Trainer, timetable: Timetable, watch: PlateauWatch, *, valid
     """Look at the metric that the next stage waits for: after a validation, or at the end of an epoch.
 
     Raises:
-        ScheduleError: Neither validation nor training logs it.
+        ScheduleError: Neither validation nor training logs it, or only some of the ranks do.
     """
     logged = compat.validation_metrics(trainer) if validation else trainer.callback_metrics
     if validation:
         watch.validated = (watch.validated or set()) | set(logged)
     plateau = timetable.next_plateau()
-    if plateau is None or (plateau.monitor in (watch.validated or ())) != validation:
+    if plateau is None:
+        return
+    ranks, name = compat.ranks(trainer), plateau.monitor
+    known = watch.validated
+    # What one rank alone decides, from what it alone has logged, would leave the others waiting.
+    found = ranks.gather((name in logged, name in (known or ()), known is None))
+    _check_logged_alike(plateau, [(has, before) for has, before, _ in found])
+    here, in_validation, none_yet = found[0]
+    if in_validation != validation:
         # At the end of an epoch, what a validation logged has been looked at, or is left from an earlier epoch.
         return
-    if plateau.monitor not in logged and watch.validated is None and compat.validates(trainer):
+    if not here and none_yet and compat.validates(trainer):
         return
     # Not strategy.reduce: NCCL takes no tensor of the host.
-    with all_or_none(compat.ranks(trainer)):
-        values = exchange(compat.ranks(trainer), monitored(plateau, logged))
+    with all_or_none(ranks):
+        values = exchange(ranks, monitored(plateau, logged))
     watch.observe(plateau, sum(values) / len(values), trainer.global_step)
+
+
+def _check_logged_alike(plateau: Plateau, found: Sequence[tuple[bool, bool]]) -> None:
+    """Refuse a metric that only some of the ranks log: the others have nothing to wait for."""
+    missing = [str(rank) for rank, (has, before) in enumerate(found) if not (has or before)]
+    if missing and len(missing) < len(found):
+        raise ScheduleError(
+            "The metric that a stage waits for is logged on some of the ranks only",
+            got=f"monitor={plateau.monitor!r}, missing on rank {', '.join(missing)} of {len(found)}",
+            expected="the metric on every rank",
+            remedy="call self.log for it on every rank, without rank_zero_only, with sync_dist=True for a mean",
+        )
 
 
 @contextmanager
@@ -188,8 +211,18 @@ def check_destination(path: bool | str | os.PathLike[str]) -> None:
         )
 
 
-def collector(trainer: Trainer, module: LightningModule, spec: Calibration, display: Display) -> Collector:
-    """Collects statistics from the trainer's calibration data, the way training sees it."""
+def collector(
+    trainer: Trainer, module: LightningModule, spec: Calibration, display: Display, source: Any = None
+) -> Collector:
+    """Collects statistics from the trainer's calibration data, the way training sees it.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        spec: How to calibrate.
+        display: Shows the progress.
+        source: The calibration data, where it has been asked for already.
+    """
 
     def forward(model: nn.Module, batch: Any) -> Any:
         batch = compat.to_device(trainer, batch)
@@ -197,7 +230,11 @@ def collector(trainer: Trainer, module: LightningModule, spec: Calibration, disp
             return call_forward(model, batch)
 
     compat.check_precision(trainer, offload_of(module, spec) is not None)
-    batches = calibration_batches(compat.calibration_source(trainer), spec)
+    if source is None:
+        # Hooks that make loaders may split data sets at random.
+        with preserved_rng():
+            source = compat.calibration_source(trainer)
+    batches = calibration_batches(source, spec)
     return Collector(module, batches, spec, forward=forward, progress=display.update, ranks=compat.ranks(trainer))
 
 

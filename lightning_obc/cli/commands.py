@@ -9,7 +9,7 @@ from lightning.pytorch.cli import ArgsType, LightningCLI
 
 from lightning_obc.cli.parsing import OBCParser, RunConfig
 from lightning_obc.cli.trainer import OBCTrainer
-from lightning_obc.errors import SpecError
+from lightning_obc.errors import ScheduleError, SpecError
 
 _DATA = {"model", "dataloaders", "datamodule"}
 # What Lightning itself finds a checkpoint for.
@@ -72,6 +72,24 @@ class OBCCLI(LightningCLI):
             if not reasons:
                 raise
             raise SystemExit("error: " + "\n       ".join(reasons)) from None
+
+    def after_fit(self) -> None:
+        """A training that has ended before all stages ran has not done what was asked for: its status is not 0.
+
+        Raises:
+            ScheduleError: So it is; the stages are named.
+        """
+        callbacks = [callback for callback in self._trainer.own_callbacks if callback.stages_left]
+        if self.config.fit.plan or not callbacks:
+            return
+        left = [stage for callback in callbacks for stage in callback.stages_left]
+        raise ScheduleError(
+            f"The training has ended, but {len(left)} of the compression stages did not run",
+            got="; ".join(f"{stage} at {stage.at}" for stage in left),
+            expected="a training in which every stage has its time",
+            remedy='use at="train_end", train longer and resume with --ckpt_path, or run lightning-obc compress on the '
+            "checkpoint",
+        )
 
     @property
     def _trainer(self) -> OBCTrainer:

@@ -11,7 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.passes import collector
+from lightning_obc.errors import LayerNotReachedError
 from lightning_obc.forecast import Plan, plan
+from lightning_obc.layerwise import reached_edges
+from lightning_obc.planning import check_schedule, plan_stage
+from lightning_obc.rehearsal import rehearse
 from lightning_obc.schedules import times
 from lightning_obc.specs import Calibration, Prune, Stage
 
@@ -32,8 +36,16 @@ class PlanRun(Callback):
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
             collect = collector(trainer, module, self.calibration, display)
-            batch: Any = next(iter(collect.batches))
-            self.plan = plan(module, self.stages, batch, calibration=self.calibration, forward=collect.forward)
+            options: dict[str, Any] = {"calibration": self.calibration, "forward": collect.forward}
+            reached = reached_edges(module, self.stages, lambda: collect)
+            check_schedule(module, self.stages, reached)
+            # The same look at the data as that of a run.
+            rehearse(collect, [plan_stage(module, stage, self.calibration, reached) for stage in self.stages])
+            try:
+                self.plan = plan(module, self.stages, next(iter(collect.batches)), **options)
+            except LayerNotReachedError:
+                # Later batches reach all layers; the time of their calibration stays open.
+                self.plan = plan(module, self.stages, **options)
         say(module, f"{self.plan}\n\n{timetable(self.stages)}\nplan only: nothing was run, changed or written")
         compat.end_run()
 

@@ -53,7 +53,7 @@ class OBCTrainer(Trainer):
         if not plan:
             super().fit(model, train_dataloaders, val_dataloaders, **data)
             return
-        with self._planning(*_recipe(self._own_callbacks, None, None)):
+        with self._planning(*_recipe(self.own_callbacks, None, None)):
             super().fit(model, train_dataloaders, val_dataloaders, **data)
 
     def compress(
@@ -93,11 +93,11 @@ class OBCTrainer(Trainer):
             ScheduleError: There are no stages, neither here nor in a callback.
         """
         if plan:
-            stages, calibration = _recipe(self._own_callbacks, stages, calibration)
+            stages, calibration = _recipe(self.own_callbacks, stages, calibration)
             with self._planning([_at_validate(stage) for stage in stages], calibration):
                 self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
             return None
-        callback = _validating(self._own_callbacks, stages, calibration, on_failure, output)
+        callback = _validating(self.own_callbacks, stages, calibration, on_failure, output)
         with self._instead_of_own(callback):
             self.validate(
                 model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
@@ -289,13 +289,14 @@ class OBCTrainer(Trainer):
         return run.result
 
     @property
-    def _own_callbacks(self) -> list[OBCCallback]:
+    def own_callbacks(self) -> list[OBCCallback]:
+        """The compression callbacks of the configuration."""
         return [callback for callback in vars(self)["callbacks"] if isinstance(callback, OBCCallback)]
 
     @contextmanager
     def _instead_of_own(self, *callbacks: Callback) -> Iterator[None]:
         """Other callbacks in the place of the configuration's own OBCCallback."""
-        saved, own = vars(self)["callbacks"], self._own_callbacks
+        saved, own = vars(self)["callbacks"], self.own_callbacks
         self.callbacks = [callback for callback in saved if callback not in own] + list(callbacks)
         try:
             yield

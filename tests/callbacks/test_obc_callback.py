@@ -360,7 +360,7 @@ def test_unfinished_stages_are_reported(tmp_path):
 
     with pytest.warns(UserWarning, match=r"before 1 of the compression stages.*Prune\(2:4\)"):
         fit(Small(), make(obc.Prune("2:4", at={"epoch": 2})), tmp_path, Stop())
-    with pytest.warns(UserWarning, match="Nothing was trained"):
+    with pytest.raises(ScheduleError, match="Nothing was trained"):
         fit(Small(), make(obc.Prune("2:4")), tmp_path, limit_train_batches=0)
 
 
