@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.specs import IntGrid
 
 
-@dataclass(frozen=True)
-class Grid:
+@dataclass(frozen=True, repr=False)
+class Grid(Brief):
     """A fitted grid. Weight value ``(code - zero_point) * scale``.
 
     Attributes:

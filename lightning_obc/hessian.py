@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.errors import ShapeError
 
 
-@dataclass(frozen=True)
-class Hessian:
+@dataclass(frozen=True, repr=False)
+class Hessian(Brief):
     """Two half-sums of ``X Xᵀ``, split by calibration sample.
 
     The halves make it possible to choose (damping, refinement, scales) on one and to judge on the other.
@@ -91,8 +92,8 @@ class Hessian:
         return Hessian(self.halves.to(device), self.samples, self.estimate, rows)
 
 
-@dataclass(frozen=True)
-class PairedHessian:
+@dataclass(frozen=True, repr=False)
+class PairedHessian(Brief):
     """What a layer sees behind compressed layers, ``X'``, beside what it saw before, ``X``.
 
     Attributes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +102,26 @@ def test_an_output_layer_tied_to_the_embedding_is_one_problem_with_it() -> None:
         real = batch["attention_mask"].bool()
         error += float((hidden[real] @ delta.T).square().sum() + delta[batch["input_ids"][real]].square().sum())
     assert report.layers["lm_head"].loss == pytest.approx(error / 48, rel=1e-5)
+
+
+def test_a_forward_of_keywords_alone_is_exported(tmp_path: Path) -> None:
+    """Its inputs' common length, which the trace checks, has no name in the traced signature."""
+    ort = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = bert()
+
+        def forward(self, **batch: Tensor) -> Tensor:
+            return self.bert(**batch).last_hidden_state
+
+    model = Module().eval()
+    batch = {"input_ids": torch.randint(0, 50, (3, 8)), "attention_mask": torch.ones(3, 8, dtype=torch.long)}
+    obc.export_onnx(model, batch, tmp_path / "bert.onnx")
+    session = ort.InferenceSession(tmp_path / "bert.onnx", providers=["CPUExecutionProvider"])
+    more = {key: torch.cat([value, value]) for key, value in batch.items()}
+    (found,) = session.run(None, {key: value.numpy() for key, value in more.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(found), model(**more), rtol=1e-4, atol=1e-4)

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from lightning_obc.activation_spec import ActivationGrid
 from lightning_obc.activations.fake import fake_quantize
+from lightning_obc.brief import Brief
 from lightning_obc.errors import FingerprintError
 from lightning_obc.grids import Grid
 from lightning_obc.layers import normalise_name, select_layers
 from lightning_obc.specs import IntGrid
 
 
-@dataclass(frozen=True)
-class InputGrid:
+@dataclass(frozen=True, repr=False)
+class InputGrid(Brief):
     """How one layer's input is quantized.
 
     Attributes:

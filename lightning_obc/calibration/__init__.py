@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_obc.calibration.batches import batch_size_of, call_forward, inputs_of, to_device
+from lightning_obc.calibration.batches import batch_size_of, call_forward, inputs_of, takes_each, to_device
 from lightning_obc.calibration.collect import collect_hessians
 from lightning_obc.calibration.collector import Collector
 from lightning_obc.calibration.dense import DenseWeights
@@ -42,6 +42,7 @@ __all__ = [
     "preserved_rng",
     "rereadable",
     "statistic_bytes",
+    "takes_each",
     "to_device",
     "undisturbed",
     "untouched",

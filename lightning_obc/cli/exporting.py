@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from lightning_obc.activations import attach, attached, inputs_from_state
-from lightning_obc.calibration import calibration_batches, inputs_of
+from lightning_obc.calibration import calibration_batches, inputs_of, takes_each
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.state import PREFIX
@@ -139,7 +139,9 @@ def _quantized(weights: Mapping[str, CompressedWeight]) -> set[str]:
 def onnx_sample(module: nn.Module, batch: Any) -> Any:
     """What the model's forward takes of a batch, in the form of an export's sample."""
     inputs = inputs_of(module, batch)
-    return inputs if isinstance(inputs, (torch.Tensor, Mapping)) else (inputs,)
+    if isinstance(inputs, (torch.Tensor, Mapping)):
+        return inputs
+    return tuple(inputs) if takes_each(module, inputs) else (inputs,)
 
 
 def compressed_weights(module: nn.Module, states: list[Mapping[str, Any]]) -> dict[str, CompressedWeight]:

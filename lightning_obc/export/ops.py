@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
+
 NAMESPACE = "lightning_obc"
 
 
-@dataclass(frozen=True)
-class StoredCodes:
+@dataclass(frozen=True, repr=False)
+class StoredCodes(Brief):
     """Signed codes in the layout of the module, with scales in the form that ONNX's ``DequantizeLinear`` takes.
 
     Attributes:

@@ -13,14 +13,15 @@ from typing import Any, Union
 import torch
 from torch import Tensor, nn
 
+from lightning_obc.brief import Brief
 from lightning_obc.errors import ExportError, LayerNotFoundError, ShapeError
 from lightning_obc.grids import Grid
 from lightning_obc.layers import LayerAdapter, adapter_for, normalise_name, parts_of
 from lightning_obc.obs.solution import LayerSolution
 
 
-@dataclass(frozen=True)
-class CompressedWeight:
+@dataclass(frozen=True, repr=False)
+class CompressedWeight(Brief):
     """One compressed weight in matrix layout, on the CPU.
 
     Attributes:

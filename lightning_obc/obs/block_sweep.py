@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.curves import POINTS, Curve, heap_curve
 from lightning_obc.obs.problem import HessianLike, Problem, check_channels, prepare
@@ -18,8 +19,8 @@ from lightning_obc.obs.sweep import existing_zeros, in_units, solve_mask
 from lightning_obc.specs import Block, Selection
 
 
-@dataclass(frozen=True)
-class BlockSweep:
+@dataclass(frozen=True, repr=False)
+class BlockSweep(Brief):
     """Elimination order and losses of the blocks of every row.
 
     Attributes:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_obc import linalg
+from lightning_obc.brief import Brief
 from lightning_obc.errors import NonFiniteError, PatternError, ShapeError
 from lightning_obc.hessian import Hessian
 from lightning_obc.kernels.obs_sweep import SweepInput
@@ -21,8 +22,8 @@ HessianLike = Tensor | Hessian
 _EXPONENT_LIMIT = 60
 
 
-@dataclass(frozen=True)
-class Problem:
+@dataclass(frozen=True, repr=False)
+class Problem(Brief):
     """A prepared layer problem.
 
     Attributes:

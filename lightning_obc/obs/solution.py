@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.grids import Grid
 
 
@@ -76,8 +77,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g} %" if share >= 1e-5 or share == 0 else "less than 0.001 %"
 
 
-@dataclass(frozen=True)
-class LayerSolution:
+@dataclass(frozen=True, repr=False)
+class LayerSolution(Brief):
     """Compressed weights of one layer problem.
 
     ``loss`` is ``½ Σ_r Δw_r H Δw_rᵀ`` in float64 with the undamped ``H``: the squared output error of the layer,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.errors import SpecError
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.linalg import resolve_budget
@@ -31,8 +32,8 @@ from lightning_obc.specs import Structured
 _MATRICES = 3
 
 
-@dataclass(frozen=True)
-class ChannelOrder:
+@dataclass(frozen=True, repr=False)
+class ChannelOrder(Brief):
     """What an elimination of channels recorded.
 
     Attributes:
@@ -46,8 +47,8 @@ class ChannelOrder:
     broken: Tensor
 
 
-@dataclass(frozen=True)
-class StructuredSweep:
+@dataclass(frozen=True, repr=False)
+class StructuredSweep(Brief):
     """Order in which input channels leave a layer; every structured level is a prefix of it.
 
     Attributes:

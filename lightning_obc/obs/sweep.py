@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_obc.brief import Brief
 from lightning_obc.kernels import obs_sweep
 from lightning_obc.obs.curves import POINTS, Curve, heap_curve
 from lightning_obc.obs.problem import HessianLike, Problem, prepare
@@ -18,8 +19,8 @@ from lightning_obc.obs.solution import LayerSolution
 from lightning_obc.specs import Selection, Unstructured
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Brief):
     """Elimination order and losses of every row; no intermediate weights are kept.
 
     Attributes:

@@ -203,6 +203,23 @@ class TestForward:
         hessian = collect_hessians(model, {"linear": model.linear}, [{"anything": x}])["linear"]
         torch.testing.assert_close(hessian.full()[0], (8 / 4 * x.T @ x).double(), rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("container", [tuple, list])
+    def test_a_forward_of_several_arguments_takes_each_element_of_the_first(self, container: Any) -> None:
+        class Lengths(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = nn.Linear(3, 3)
+
+            def forward(self, x: Tensor, lengths: Tensor, scale: float = 1.0) -> Tensor:
+                return self.linear(x * (torch.arange(x.shape[1]) < lengths[:, None])[..., None])
+
+        x, lengths, model = torch.randn(4, 5, 3), torch.tensor([5, 2, 3, 1]), Lengths()
+        batch = (container([x, lengths]), torch.zeros(4))
+        hessian = collect_hessians(model, {"linear": model.linear}, [batch])["linear"]
+        seen = torch.cat([sample[:length] for sample, length in zip(x, lengths, strict=True)])
+        assert hessian.samples == (2, 2)
+        torch.testing.assert_close(hessian.full()[0], (2 / 4 * seen.T @ seen).double(), rtol=1e-5, atol=1e-6)
+
 
 def test_a_layer_called_twice_gathers_both_and_counts_once() -> None:
     class Twice(nn.Module):
