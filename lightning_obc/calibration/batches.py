@@ -14,7 +14,10 @@ from torch.nn.utils.rnn import PackedSequence
 from lightning_obc.calibration.failure import CALL_ERRORS, CALL_OTHERWISE, about_the_call, batch_failed, described
 from lightning_obc.errors import CalibrationError
 
-_ACCEPTED = "a forward that takes the first element of a batch, or the entries of a mapping by name"
+_ACCEPTED = (
+    "a forward that takes the first element of a batch (or, of several arguments, the elements of that), "
+    "or the entries of a mapping by name"
+)
 _STEP = (
     "its calibration_step got the batch",
     "a calibration_step that takes such batches",
