@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_obc.allocation.reach import out_of_reach
 from lightning_obc.errors import BudgetError, SpecError
 
 Table = Mapping[str, Mapping[str, float]]
@@ -60,23 +61,37 @@ class Programme:
         costs: ``{layer: {level: cost}}``, finite and not negative. A level that a layer lacks is left out.
         budgets: Bounds on the total cost, in the unit of ``costs``.
         buckets: Resolution: every cost is rounded up to ``budget above the minimum / buckets``.
-        fixed: Cost of everything that has no choice; part of the budget.
+        fixed: Cost of everything that has no choice, in all or by name; part of the budget.
+        notes: What restricts a layer, or why something has no choice, by name: errors of budgets say it.
 
     Raises:
         SpecError: A layer without levels; a cost that is negative, infinite or NaN.
-        BudgetError: A budget that no profile meets; the message names the least that can be reached.
+        BudgetError: A budget that no profile meets; the message names the least that can be reached, and the layers
+            and parts that cost most in it.
     """
 
-    def __init__(self, costs: Table, budgets: Sequence[float], *, buckets: int = 10_000, fixed: float = 0.0) -> None:
+    def __init__(
+        self,
+        costs: Table,
+        budgets: Sequence[float],
+        *,
+        buckets: int = 10_000,
+        fixed: float | Mapping[str, float] = 0.0,
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
         if buckets < 1:
             raise SpecError("Too few buckets", got=buckets, expected="at least 1")
         _check_costs(costs)
         self.budgets = [float(budget) for budget in budgets]
-        self.fixed, self.buckets = float(fixed), buckets
+        self._parts = dict(fixed) if isinstance(fixed, Mapping) else {"what has no choice": float(fixed)}
+        self._notes = dict(notes or {})
+        self.fixed, self.buckets = math.fsum(self._parts.values()), buckets
         self._costs = {name: dict(levels) for name, levels in costs.items()}
         self.minimum = self.fixed + math.fsum(min(levels.values()) for levels in costs.values())
         self.maximum = self.fixed + math.fsum(max(levels.values()) for levels in costs.values())
         check_budgets(self.budgets, self.minimum)
+        if small := [budget for budget in self.budgets if budget < self.minimum * (1 - _ROUNDING)]:
+            raise out_of_reach(small, self._costs, self._parts, self._notes)
         spare = [max(0.0, budget - self.minimum) for budget in self.budgets]
         self._bucket = _bucket_size(spare, self.maximum - self.minimum, buckets)
         self._layers = [_prepare(name, levels, self._bucket) for name, levels in self._costs.items()]
@@ -135,23 +150,23 @@ class Programme:
         return dict(zip(self.layers, reversed(chosen), strict=True))
 
     def _barred(self, budget: float, scores: Table) -> BudgetError:
-        reachable = self.fixed
-        for layer in self._layers:
-            usable = [self._costs[layer.name][level] for level in layer.levels if scores[layer.name][level] < math.inf]
-            reachable += min(usable, default=math.inf)
-        return _too_small([budget], reachable)
+        usable = {
+            name: {level: cost for level, cost in row.items() if scores[name][level] < math.inf}
+            for name, row in self._costs.items()
+        }
+        return out_of_reach([budget], usable, self._parts, self._notes)
 
 
 def check_budgets(budgets: Sequence[float], minimum: float, dense: float | None = None) -> None:
-    """Refuse budgets that cannot be met, or that the dense model meets already.
+    """Refuse budgets that are none, or that the dense model meets already.
 
     Args:
         budgets: Bounds on the total cost.
-        minimum: The least total cost of any profile.
+        minimum: The least total cost of any profile, for the message.
         dense: Cost of the dense model, if larger budgets are to be refused.
 
     Raises:
-        BudgetError: No budgets; one that is not a positive number, below the minimum or above ``dense``.
+        BudgetError: No budgets; one that is not a positive number, or above ``dense``.
     """
     if not budgets:
         raise BudgetError("No budget is given", got="[]", expected="at least one budget")
@@ -162,9 +177,6 @@ def check_budgets(budgets: Sequence[float], minimum: float, dense: float | None 
             got=wrong,
             expected=f"at least {minimum:.6g}, the best reachable budget" if minimum > 0 else "a number above 0",
         )
-    small = [budget for budget in budgets if budget < minimum * (1 - _ROUNDING)]
-    if small:
-        raise _too_small(small, minimum)
     large = [budget for budget in budgets if dense is not None and budget > dense * (1 + _ROUNDING)]
     if large:
         raise BudgetError(
@@ -173,15 +185,6 @@ def check_budgets(budgets: Sequence[float], minimum: float, dense: float | None 
             expected=f"at most {dense:.6g}",
             remedy="budgets below the dense cost",
         )
-
-
-def _too_small(budgets: Sequence[float], minimum: float) -> BudgetError:
-    return BudgetError(
-        "A budget cannot be met by any choice of levels",
-        got=", ".join(f"{budget:.6g}" for budget in budgets),
-        expected=f"at least {minimum:.6g}, the best reachable budget",
-        remedy="a larger budget, or stronger levels",
-    )
 
 
 def _check_costs(costs: Table) -> None:

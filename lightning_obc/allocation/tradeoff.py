@@ -17,12 +17,13 @@ from torch import nn
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
 from lightning_obc.allocation.build import build_database
+from lightning_obc.allocation.choices import choices
 from lightning_obc.allocation.corrector import Correction, Corrector
-from lightning_obc.allocation.costs import CostName, CostTable, LevelSize, cost_table, count_positions, level_cost
+from lightning_obc.allocation.costs import CostName, CostTable
 from lightning_obc.allocation.curve import CurvePoint, Method, SearchResult
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.latency import LatencyTable
-from lightning_obc.allocation.levels import FLOAT_BITS, Level, product, unstructured_ladder
+from lightning_obc.allocation.levels import Level, product, unstructured_ladder
 from lightning_obc.allocation.output_error import OutputError
 from lightning_obc.allocation.scores import activation_losses, layer_errors, sensitivity_scores, swap_losses
 from lightning_obc.allocation.search import Profile, Programme, check_budgets
@@ -33,7 +34,7 @@ from lightning_obc.allocation.uniform import uniform_profile
 from lightning_obc.calibration import CalibrationBatches, calibration_batches, collect_hessians
 from lightning_obc.errors import SpecError
 from lightning_obc.hessian import Hessian
-from lightning_obc.layers import adapter_for, is_lookup, select_layers
+from lightning_obc.layers import select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.report.progress import Progress, shown
 from lightning_obc.specs import Calibration
@@ -115,7 +116,8 @@ def search(
         The trade-off curve.
 
     Raises:
-        BudgetError: A budget that is not positive, above 1, or below what the levels reach; the least is named.
+        BudgetError: A budget that is not positive, above 1, or below what the levels reach: the least is named, and
+            the layers and left-out parts that it consists of.
         SpecError: Methods, costs or timings that cannot be used; a limit of SPDY's that leaves nothing to search.
         FingerprintError, DatabaseError: The directory holds another database, or a damaged one.
     """
@@ -148,12 +150,13 @@ def search(
         corrector = None if correct is None else Corrector(correct, model, source, forward)
         setting = _Setting(model, database, source, forward, loss, corrector, cleanup.restore)
         setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
-        table, fixed, dense_cost = _costs(setting, cost, wanted, mask_cost, edges_at_8)
-        if not dense_cost > 0:
+        how: dict[str, Any] = {"forward": forward, "mask_cost": mask_cost, "edges_at_8": edges_at_8}
+        offered = choices(model, database, cost, wanted, source, **how)
+        if not (dense_cost := offered.dense) > 0:
             raise SpecError("The dense model costs nothing", got=dense_cost, expected="timings above 0")
-        # In shares of the dense cost, as budgets are given and as errors name them.
-        table = {name: {level: one / dense_cost for level, one in row.items()} for name, row in table.items()}
-        programme = Programme(table, budgets, buckets=buckets, fixed=fixed / dense_cost)
+        shares = offered.as_shares()
+        table = shares.table
+        programme = Programme(table, budgets, buckets=buckets, fixed=shares.fixed, notes=shares.notes)
         dense_metric = float(metric(model))
         errors = _scores(setting, table, scores)
         found = _profiles(setting, programme, table, errors, methods, spdy or SPDY(evaluations=300), report)
@@ -284,54 +287,6 @@ def _quantizer(
     if not (names and needed):
         return None
     return ActivationQuantizer(model, names, spec=spec).observe(source, forward=forward).freeze()
-
-
-def _costs(
-    setting: _Setting, cost: CostName | LatencyTable, wanted: Sequence[Level], mask_cost: bool, edges_at_8: bool
-) -> tuple[CostTable, float, float]:
-    """Costs of all levels that may be chosen, of what has no choice, and of the dense model."""
-    model, database = setting.model, setting.database
-    everything = {name: module for name, module in select_layers(model).items() if not is_lookup(module)}
-    # The directory may hold more levels than this search was given.
-    offered = {level.name for level in [Level(), *wanted]}
-    levels = {name: [level for level in database.levels(name) if level.name in offered] for name in database.layers}
-    allowed = {name: _allowed(name, everything, levels[name], edges_at_8) for name in database.layers}
-    if isinstance(cost, LatencyTable):
-        table = cost.costs(allowed)
-        others = [cost.seconds[name] for name in everything if name not in table and name in cost.seconds]
-        fixed = cost.overhead + sum(row.get(Level().name, 0.0) for row in others)
-        return table, fixed, fixed + sum(row[Level().name] for row in table.values())
-    sizes = database.sizes()
-    sizes = {name: {level.name: sizes[name][level.name] for level in chosen} for name, chosen in allowed.items()}
-    batch = next(iter(setting.source))
-    positions = count_positions(model, everything, batch, forward=setting.forward, skip_unreached=True)
-    table = cost_table(cost, sizes, positions, mask_cost=mask_cost)
-    if cost == "bytes":
-        searched = sum(row[Level().name].weights for row in sizes.values())
-        rest = sum(parameter.numel() for parameter in model.parameters()) - searched
-        fixed = max(0, rest) * FLOAT_BITS / 8
-    else:
-        dense = {name: LevelSize.dense(_numel(everything[name])) for name in positions if name not in table}
-        fixed = sum(level_cost(cost, size, positions[name]) for name, size in dense.items())
-    return table, fixed, fixed + sum(row[Level().name] for row in table.values())
-
-
-def _numel(module: nn.Module) -> int:
-    adapter = adapter_for(module)
-    assert adapter is not None
-    return adapter.current(module).numel()
-
-
-def _allowed(name: str, everything: Mapping[str, nn.Module], levels: Sequence[Level], edges_at_8: bool) -> list[Level]:
-    """Levels of a layer, without those that its place or its kind rules out."""
-    ends = (next(iter(everything)), next(reversed(list(everything))))
-    low = 8 if edges_at_8 and name in ends else 0
-    inside = isinstance(everything[name], LayerPart)
-    return [
-        level
-        for level in levels
-        if min(level.weight_bits, level.activation_bits) >= low and not (inside and level.activations)
-    ]
 
 
 def _scores(setting: _Setting, table: CostTable, kind: str) -> CostTable:

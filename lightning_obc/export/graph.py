@@ -6,6 +6,7 @@ what is exported can be run and compared, operator for operator.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -68,6 +69,22 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_noise() -> Iterator[None]:
+    """Inside, two warnings about PyTorch's own recurrent layers stay silent; every other one is shown.
+
+    * Tracing LSTM and GRU replaces their list of flattened weights, a cache of views for cuDNN: "tensor attributes …
+      _flat_weights … were assigned during export". The weights are parameters, and are registered.
+    * The exporter's loops over time steps call ``torch._check_is_size``, which PyTorch has marked as outgoing. No
+      option of the export avoids the call, and no user can.
+    """
+    with warnings.catch_warnings():
+        flat = r"The tensor attributes? (self\.)?\S*_flat_weights\[\d+\].* assigned during export"
+        warnings.filterwarnings("ignore", flat, UserWarning)
+        warnings.filterwarnings("ignore", r"_check_is_size will be removed", FutureWarning)
+        yield
+
+
 def trace(model: nn.Module, sample: Sample, *, dynamic_batch: bool = True, decompose: bool = True) -> Graph:
     """Trace a model in evaluation mode into functional operators; the model is left as it was.
 
@@ -89,7 +106,7 @@ def trace(model: nn.Module, sample: Sample, *, dynamic_batch: bool = True, decom
         names = (_map_tensors(_batch_dimension, args), _map_tensors(_batch_dimension, kwargs))
         shapes = names[1] if not args else names[0] if not kwargs else None
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluation(model), torch.no_grad(), without_noise():
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
             # Checks of inputs, which the file has no use for. For a forward of **kwargs they name variables that are
             # not there, and decomposing the program would run them.

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 
 from lightning_obc.activations import unquantized
 from lightning_obc.errors import ExportError
-from lightning_obc.export.graph import Graph, Sample, dequantize_weights, finish, fold_batch_norms, trace
+from lightning_obc.export.graph import Graph, Sample, dequantize_weights, finish, fold_batch_norms, trace, without_noise
 from lightning_obc.export.ops import StoredCodes, compact_scales, translations
 from lightning_obc.export.quantized import (
     connected_tensors,
@@ -186,7 +186,7 @@ def _quantize(
 def _translate(graph: Graph, opset: int) -> Any:
     args, kwargs = graph.arguments
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_noise():
             program = torch.onnx.export(
                 graph.module,
                 args,

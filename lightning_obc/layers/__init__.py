@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_obc.layers.base import LayerAdapter, ProblemShape
 from lightning_obc.layers.blocks import block_of, blocks_of, modules_outside_blocks
-from lightning_obc.layers.listing import by_reason
+from lightning_obc.layers.listing import by_reason, first_of
 from lightning_obc.layers.parts import LayerPart, PartAdapter
 from lightning_obc.layers.registry import (
     adapter_for,
@@ -26,6 +26,7 @@ __all__ = [
     "block_of",
     "blocks_of",
     "by_reason",
+    "first_of",
     "is_lookup",
     "modules_outside_blocks",
     "normalise_name",

@@ -133,6 +133,27 @@ def test_an_unreachable_budget_names_the_best_reachable_one() -> None:
         Programme(table([[5, 1], [4, 2]]), [6, 2.5, 1])
 
 
+def test_an_unreachable_budget_names_what_blocks_it() -> None:
+    costs = {"small": {"dense": 9.0, "w4": 1.0}, "large": {"dense": 20.0, "w8": 6.0}}
+    costs |= {f"tiny{i}": {"dense": 1.0, "w4": 0.125} for i in range(8)}
+    notes = {"large": "levels that do not fit it: 2:4", "stem": "left out", "": "not counted at all: odd (why)"}
+    with pytest.raises(BudgetError) as refused:
+        Programme(costs, [5.0], fixed={"stem": 2.0}, notes=notes)
+    text = str(refused.value)
+    assert "Got: 5. Expected: at least 10, the best reachable budget; it is the sum of large 6 (60 %, " in text
+    assert (
+        "large 6 (60 %, cheapest level 'w8', levels that do not fit it: 2:4), stem 2 (20 %, no choice, left out)"
+        in text
+    )
+    assert "small 1 (10 %, cheapest level 'w4')" in text
+    assert "6 more, together 0.75 (7.5 %); not counted at all: odd (why)" in text
+    assert text.endswith("Remedy: a larger budget, or stronger levels, above all for large and small.")
+    with pytest.raises(
+        BudgetError, match=r"levels alone do not help, since what has no choice costs 2: search stem too"
+    ):
+        Programme(costs, [1.0], fixed={"stem": 2.0}, notes=notes)
+
+
 def test_barred_levels_raise_the_best_reachable_budget() -> None:
     programme = Programme(table([[5, 1], [4, 2]]), [6])
     with pytest.raises(BudgetError, match="at least 7, the best reachable"):

@@ -170,6 +170,28 @@ def test_budgets_below_the_minimum_name_the_best_reachable_and_lose_nothing(
     assert len(list((tmp_path / "db" / "levels").iterdir())) == 3
 
 
+@pytest.mark.parametrize("cost", ["bops", "bytes"])
+def test_an_unreachable_budget_names_layers_and_what_is_left_out(
+    cost: Any, model: Any, batches: list[Tensor], tmp_path: Path
+) -> None:
+    levels = product([None], [(None, None), (8, 8), (2, 8)])
+    options: dict[str, Any] = {"levels": levels, "cost": cost, "exclude": ["mix"], "edges_at_8": True}
+    with pytest.raises(BudgetError) as refused:
+        run(model, batches, [0.01], directory=tmp_path / "db", **options)
+    text = str(refused.value)
+    parts = re.findall(r"(stem|mix|head|other parameters) ([0-9.e-]+) \(([0-9.]+) %", text)
+    shares = {name: (float(cost), float(share)) for name, cost, share in parts}
+    assert set(shares) == {"mix", "stem", "head"} | ({"other parameters"} if cost == "bytes" else set())
+    assert sum(share for _, share in shares.values()) == pytest.approx(100, abs=1)
+    (least,) = re.findall(r"at least ([0-9.e-]+)", text)
+    assert sum(part for part, _ in shares.values()) == pytest.approx(float(least), rel=0.01)
+    assert "no choice, layers= or exclude= leaves it out of the search" in text
+    assert text.count("edges_at_8 keeps it at 8 bits or more") == 2
+    if cost == "bytes":
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        assert shares["mix"][0] == pytest.approx(model.mix.weight.numel() / everything, rel=0.01)
+
+
 def test_edges_keep_eight_bits(model: Any, batches: list[Tensor]) -> None:
     result = run(model, batches, [0.05], edges_at_8=True, methods=["dp"])
     profile = result.point(0.05).profile

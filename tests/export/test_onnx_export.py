@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +216,7 @@ def test_a_fixed_batch_and_floating_point(tmp_path):
 
 
 class Attention(nn.Module):
-    """Attention, a transposed convolution, an LSTM and a tied projection: layouts that are not a convolution's."""
+    """Attention, a transposed convolution and a tied projection: layouts that are not a convolution's."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -247,6 +248,29 @@ def test_attention_transposed_convolutions_and_tied_weights(quantized, tmp_path)
     stored = set(read_onnx_weights(path))
     assert {"attention.in_proj_weight", "attention.out_proj.weight", "up.weight"} <= stored
     assert stored & {"first.weight", "tied.weight"}
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer = kind(8, 6, batch_first=True, bidirectional=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        warnings.warn("of the model's own")
+        return self.layer(x)[0][:, -1]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers_export_without_warnings_about_pytorchs_own_code(kind, tmp_path):
+    torch.manual_seed(0)
+    model, x = Recurrent(kind).eval(), torch.randn(4, 5, 8)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        export_onnx(model, x, tmp_path / "a.onnx")
+    texts = [str(warning.message) for warning in seen]
+    assert not [text for text in texts if "_flat_weights" in text or "_check_is_size" in text]
+    assert "of the model's own" in texts
+    torch.testing.assert_close(run(tmp_path / "a.onnx", x), model(x).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_ranges_of_other_widths_clip_where_they_end(tmp_path):
