@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Union
 
-from lightning_obc.errors import SpecError
+from lightning_obc.errors import FingerprintError, SpecError
 from lightning_obc.report import charts
 from lightning_obc.report.bars import percent
 from lightning_obc.report.document import write_formats
@@ -135,17 +135,40 @@ def compare_reports(
     Runs are called after their files; files of one name after their folders too.
 
     Raises:
-        SpecError: Fewer than two reports, or an unknown format. FingerprintError: A file that is no report.
+        SpecError: Fewer than two reports, one of them twice, or an unknown format. FingerprintError: Files that are no
+            reports; all of them are named.
     """
     paths = [Path(report) for report in reports]
+    if twice := [str(path) for index, path in enumerate(paths) if path.resolve() in map(Path.resolve, paths[:index])]:
+        raise SpecError("A run is to be compared with itself", got=", ".join(twice), expected="every file once")
     stems = [file.stem.removesuffix(".report") for file in paths]
     labels = [
         stem if stems.count(stem) == 1 else str(file.with_name(stem)) for stem, file in zip(stems, paths, strict=True)
     ]
-    comparison = compare_records({label: load_record(file) for label, file in zip(labels, paths, strict=True)})
+    comparison = compare_records(dict(zip(labels, _records(paths), strict=True)))
     renderers = {
         "html": render_comparison_html,
         "md": render_comparison_markdown,
         "json": lambda data: json.dumps(data, indent=1) + "\n",
     }
     return write_formats({name: renderers.get(name) for name in formats}, comparison, path, overwrite)
+
+
+def _records(paths: Sequence[Path]) -> list[Record]:
+    """All records, or one error that names every file that holds none."""
+    records, wrong = [], list[FingerprintError]()
+    for path in paths:
+        try:
+            records.append(load_record(path))
+        except FingerprintError as error:
+            wrong.append(error)
+    if len(wrong) == 1:
+        raise wrong[0]
+    if wrong:
+        raise FingerprintError(
+            f"{len(wrong)} of {len(paths)} files are no reports",
+            got="; ".join(str(error.got) for error in wrong),
+            expected="the JSON files of reports",
+            remedy="leave them out, or write these reports again",
+        )
+    return records

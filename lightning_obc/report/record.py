@@ -26,6 +26,18 @@ from lightning_obc.report.samples import WeightSample
 FORMAT, VERSION = "lightning_obc.report", 2
 PACKAGES = ("lightning-obc", "torch", "lightning", "numba", "triton", "numpy", "torchvision", "transformers")
 BINS = 48
+# What every reader of a record takes for granted.
+_PARTS: dict[str, type] = {
+    "title": str,
+    "stages": list,
+    "left_dense": dict,
+    "figures": dict,
+    "corrections": list,
+    "recipe": list,
+    "sizes": dict,
+    "environment": dict,
+}
+_ROW = ("name", "loss", "relative_error", "sparsity", "bits", "compressed")
 Record = dict[str, Any]
 Curve = Sequence[tuple[float, float]]
 
@@ -260,7 +272,7 @@ def load_record(path: Union[str, Path]) -> Record:
     """Read a record that :func:`save_report` wrote as JSON.
 
     Raises:
-        FingerprintError: The file is no report, or of another version.
+        FingerprintError: The file is no report, of another version, or parts of it are missing.
     """
     try:
         record = json.loads(Path(path).read_text())
@@ -273,7 +285,30 @@ def load_record(path: Union[str, Path]) -> Record:
         raise FingerprintError(
             "The file is not a report that this version reads", got=f"{path}: {found}", expected=f"{FORMAT} {VERSION}"
         )
+    if damaged := _damage(record):
+        raise FingerprintError(
+            "Parts of a report are missing",
+            got=f"{path}: {damaged}",
+            expected="the JSON file of a report as it was written",
+            remedy="write the report again, or leave the file out",
+        )
     return record
+
+
+def _damage(record: Record) -> str:
+    """The first part of a record that is not what reports are drawn from; empty when all are."""
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        return f"no {wrong[0]}"
+    for number, stage in enumerate(record["stages"]):
+        if not (
+            isinstance(stage, dict) and isinstance(stage.get("layers"), list) and {"stage", "seconds"} <= set(stage)
+        ):
+            return f"stage {number} has no layers, name or time"
+        for row in stage["layers"]:
+            if missing := [key for key in _ROW if not isinstance(row, dict) or key not in row]:
+                return f"a layer of stage {number} has no {missing[0]}"
+    return ""
 
 
 def bits_text(row: Mapping[str, Any]) -> str:

@@ -366,3 +366,55 @@ def test_names_of_points_keep_their_place_unless_they_cover_each_other():
     svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points}, "Trade-off")
     height = {label: float(y) for y, label in re.findall(r'y="([\d.]+)"[^>]*>(left|near|same)<', svg)}
     assert height["left"] == height["near"] != height["same"]
+
+
+def test_runs_that_cannot_be_compared_are_named(tmp_path):
+    for label in ("a", "b"):
+        save_report(sample_record(), tmp_path / label, formats=["json"])
+    good, other = tmp_path / "a.json", tmp_path / "b.json"
+    with pytest.raises(SpecError, match=r"compared with itself.*a\.json"):
+        compare_reports([good, other, tmp_path / "." / "a.json"], tmp_path / "all")
+    (tmp_path / "binary.json").write_bytes(b"\x80\x02\xff")
+    (tmp_path / "cut.json").write_text(good.read_text()[:500])
+    with pytest.raises(FingerprintError, match=r"cannot be read.*cut\.json"):
+        compare_reports([good, other, tmp_path / "cut.json"], tmp_path / "all")
+    with pytest.raises(FingerprintError, match=r"2 of 4 files are no reports.*binary\.json.*cut\.json"):
+        compare_reports([good, tmp_path / "binary.json", other, tmp_path / "cut.json"], tmp_path / "all")
+    assert not list(tmp_path.glob("all*"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda record: record.pop("sizes"), "no sizes"),
+        (lambda record: record["stages"][1].pop("layers"), "stage 1 has no layers"),
+        (lambda record: record["stages"][0]["layers"][2].pop("loss"), "a layer of stage 0 has no loss"),
+    ],
+)
+def test_a_report_with_parts_missing_is_named(damage, message, tmp_path):
+    record = sample_record()
+    damage(record)
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(FingerprintError, match=rf"run\.json: {message}"):
+        load_record(tmp_path / "run.json")
+
+
+def test_runs_of_other_layers_and_recipes_stand_side_by_side(tmp_path):
+    """Neither a layer nor a figure in common, and one run without any stage."""
+    first, second = sample_record(), sample_record(3, 1)
+    for stage in second["stages"]:
+        for row in stage["layers"]:
+            row["name"] = f"other.{row['name']}"
+    second["figures"] = {"loss": [0.1, 0.2]}
+    third = report_record(CompressionReport(torch.nn.Linear(2, 2), []))
+    for label, record in {"a": first, "b": second, "c": third}.items():
+        save_report(record, tmp_path / label, formats=["json"])
+    html, text, _ = compare_reports([tmp_path / f"{label}.json" for label in "abc"], tmp_path / "all")
+    page = Balanced()
+    page.feed(html.read_text())
+    assert not page.open
+    comparison = json.loads((tmp_path / "all.json").read_text())
+    assert comparison["trade_off"] is None
+    assert [len(layer["runs"]) for layer in comparison["layers"]] == [3] * 8
+    assert all(sum(run is not None for run in layer["runs"]) == 1 for layer in comparison["layers"])
+    assert "| accuracy, compressed" in text.read_text()
