@@ -14,9 +14,9 @@ from lightning_obc.kernels.host import flat_rows, numpy_type, symmetric
 from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.jit import aligned
-from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.packed import moves, pack, packed_size, padded
 from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
-from lightning_obc.kernels.obs_sweep.tile import flush_columns, panel_columns
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS, flush_columns, panel_columns
 from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepOutput, SweepPlan
 from lightning_obc.kernels.threads import run_blocks
 
@@ -146,8 +146,8 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
         column=integers(),
         position=integers(),
         leaving=integers(),
-        hole=integers(),
-        mover=integers(),
+        origin=integers(),
+        moves=moves(columns, flush_columns(dtype) // FLUSH_VECTORS),
         zeros=integers(),
         free=integers(),
         fixed=np.zeros(length, np.bool_),

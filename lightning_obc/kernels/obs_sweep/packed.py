@@ -14,13 +14,16 @@ Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's ear
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_obc.kernels.obs_sweep.jit import STRICT, STRIP, cached, fetch, make_strip
 from lightning_obc.kernels.obs_sweep.lanes import LANES, copy
-from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, flush_tile, panel_tile
+from lightning_obc.kernels.obs_sweep.moving_tile import FAR, NEAR, SCATTERED, SOURCES, move_run, moving_tile, permutes
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, FLUSH_VECTORS, VECTOR_BYTES, flush_tile, panel_tile
 
 Array = NDArray[np.floating]
 IntArray = NDArray[np.int32]
@@ -30,6 +33,30 @@ CHUNK = 128
 
 _jit = numba.njit(**STRICT)
 _inline = numba.njit(inline="always", **STRICT)
+
+
+class Moves(NamedTuple):
+    """Where the vectors of positions that stay come from; with ``origin [positions]`` ascending, the old positions.
+
+    A vector of positions reads from at most ``SOURCES`` aligned vectors of old ones, ``group`` and the next, unless it
+    is scattered.
+    """
+
+    relative: IntArray  # [positions], origin less the start of the first of those vectors
+    group: IntArray  # [vectors · SOURCES], their numbers
+    start: NDArray[np.int64]  # [vectors · SOURCES], where they start in the first row of a packed matrix
+    reach: IntArray  # [vectors], how far sources are spread
+
+
+def moves(positions: int, lanes: int) -> Moves:
+    """Memory for so many positions, in vectors of ``lanes``."""
+    vectors = padded(positions) // lanes
+    return Moves(
+        np.zeros(padded(positions), np.int32),
+        np.zeros(vectors * SOURCES, np.int32),
+        np.zeros(vectors * SOURCES, np.int64),
+        np.zeros(vectors, np.int32),
+    )
 
 
 def packed_size(columns: int) -> int:
@@ -140,6 +167,82 @@ def _flush_rows(
         for row in range(first, min(column + tile, first + WIDTH), FLUSH_ROWS):
             here, left = start + row * WIDTH, panel_at(row, 0, steps)
             flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
+
+
+_moving_tile = moving_tile(WIDTH)
+_PERMUTES_4, _PERMUTES_8 = permutes(4), permutes(8)
+
+
+@_jit
+def plan_moves(size: int, origin: IntArray, m: Moves, lanes: int) -> None:
+    """Where the vectors of ``size`` positions come from, of ``origin`` (see :class:`Moves`), which is padded here."""
+    able = _PERMUTES_4 if VECTOR_BYTES // lanes == 4 else _PERMUTES_8
+    whole = (size + WIDTH - 1) & -WIDTH
+    for i in range(size, whole):
+        origin[i] = origin[size - 1]
+    final = origin[size - 1] // lanes
+    for group in range(whole // lanes):
+        first = origin[group * lanes] // lanes
+        behind = origin[(group + 1) * lanes - 1] // lanes - first
+        m.reach[group] = SCATTERED if behind > 2 or not able else FAR if behind == 2 else NEAR
+        for k in range(SOURCES):
+            m.group[group * SOURCES + k] = min(first + k, final)
+            m.start[group * SOURCES + k] = at(0, min(first + k, final) * lanes)
+        for i in range(group * lanes, (group + 1) * lanes):
+            m.relative[np.uint64(i)] = origin[np.uint64(i)] - first * lanes
+
+
+@_jit
+def move_panel(panel: Array, depth: int, steps: int, size: int, origin: IntArray, m: Moves, lanes: int) -> None:
+    """The panel's ``depth`` columns at the positions that stay."""
+    for group in range((size + lanes - 1) // lanes):
+        target, far = panel_at(group * lanes, 0, steps), m.reach[group] == FAR
+        low = panel_at(m.group[group * SOURCES] * lanes, 0, steps)
+        high = panel_at(m.group[group * SOURCES + 1] * lanes, 0, steps)
+        third = panel_at(m.group[group * SOURCES + 2] * lanes, 0, steps)
+        if m.reach[group] == SCATTERED:
+            for i in range(group * lanes, (group + 1) * lanes):
+                for step in range(depth):
+                    panel[panel_at(i, step, steps)] = panel[panel_at(origin[i], step, steps)]
+        else:
+            for step in range(0, depth * CHUNK, CHUNK):
+                move_run(panel, target + step, low + step, high + step, third + step, m.relative, group * lanes, far)
+
+
+@_jit
+def move_and_flush(
+    source: Array, target: Array, size: int, origin: IntArray, m: Moves, panel: Array, depth: int, steps: int, tile: int
+) -> None:
+    """``target[i, j] = (source - V Vᵀ)[origin[i], origin[j]]`` for ``i <= j < size``; ``V`` has moved already.
+
+    ``target`` may be ``source``: origins ascend and no position lies before its origin, so that what is written has
+    been read. The padding up to whole tiles is written too.
+    """
+    lanes = tile // FLUSH_VECTORS
+    for first in range(0, size, WIDTH):
+        for column in range(first, size, tile):
+            start, right, group = at(0, column), panel_at(column, 0, steps), column // lanes
+            reach = max(m.reach[group], m.reach[group + 1])
+            for row in range(first, min(column + tile, first + WIDTH), FLUSH_ROWS):
+                left = panel_at(row, 0, steps)
+                _moving_tile(
+                    target,
+                    start + row * WIDTH,
+                    source,
+                    origin,
+                    m.relative,
+                    m.start,
+                    reach,
+                    row,
+                    column,
+                    panel,
+                    left,
+                    CHUNK,
+                    panel,
+                    right,
+                    CHUNK,
+                    depth,
+                )
 
 
 @_jit

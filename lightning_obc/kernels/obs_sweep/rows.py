@@ -1,7 +1,7 @@
 """The sweep of one row on a CPU, compiled by numba: choose, eliminate, flush, compact (paper, algorithm 1).
 
-Columns still in the working set sit at *positions* ``0 … size``; at a panel's end the last ones move into the holes of
-those that left. A column is *fixed* when it has been eliminated; it can leave the working set without that, when its
+Columns still in the working set sit at *positions* ``0 … size``, in ascending order; at a panel's end they close the gaps
+of those that left. A column is *fixed* when it has been eliminated; it can leave the working set without that, when its
 N:M group closes. A row whose pivots have shrunk so far that float32 has lost their digits starts again from the float64
 inverse of ``H`` on the columns that are still free.
 """
@@ -22,14 +22,15 @@ from lightning_obc.kernels.obs_sweep.packed import (
     Array,
     at,
     correct,
-    flush,
     gather,
+    move_and_flush,
+    move_panel,
     panel_at,
-    refill,
-    refill_and_flush,
+    plan_moves,
 )
 from lightning_obc.kernels.obs_sweep.restart import place, restart
 from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
@@ -42,7 +43,7 @@ CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
 @_jit
 def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tuple[int, bool]:
     forced, size, done, status = _begin(row, p, s, o), p.weight.shape[1], 0, CONTINUE
-    source, shared = p.packed[row // o.rows], True
+    source = p.packed[row // o.rows]
     if _cheaper_to_invert(size, forced):
         done = _take_zeros(row, forced, p, out, s, o)
         status = WORN
@@ -51,21 +52,20 @@ def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tup
             size = restart(row, done >= forced, p, s, o)
             if size <= 0:
                 return done, size < 0
-            source, shared = s.packed, False
+            source = s.packed
         fresh = status == WORN or done == 0
         _load_panel(source, size, fresh, s, o)
         steps = o.steps if size > o.narrow else o.narrow_steps
         status, done, taken, leaving = _panel(row, source, size, done, forced, steps, fresh, p, out, s, o)
         if status in (ENDED, BROKEN):
             return done, status == BROKEN
-        if status == CONTINUE and shared:
-            flush(source, s.packed, size, s.panel, taken, steps, o.flush_width)
-            size, moves = _compact(size, leaving, 0, steps, s)
-            refill(s.packed, size, s.hole, s.mover, moves)
-        elif status == CONTINUE:
-            size, moves = _compact(size, leaving, taken, steps, s)
-            refill_and_flush(s.packed, size, s.hole, s.mover, moves, s.panel, taken, steps, o.flush_width)
-        source, shared = s.packed, False
+        if status == CONTINUE:
+            lanes = o.flush_width // FLUSH_VECTORS
+            size = _stay(size, leaving, s)
+            plan_moves(size, s.origin, s.moves, lanes)
+            move_panel(s.panel, taken, steps, size, s.origin, s.moves, lanes)
+            move_and_flush(source, s.packed, size, s.origin, s.moves, s.panel, taken, steps, o.flush_width)
+        source = s.packed
 
 
 @_jit
@@ -214,26 +214,21 @@ def _advance(panel: Array, at: int, weight: Array, diagonal: Array, start: int, 
 
 
 @_jit
-def _compact(size: int, leaving: int, depth: int, steps: int, s: Scratch) -> tuple[int, int]:
-    """Move the last positions into the holes of those that leave, but for ``G``. Returns the new size and the moves."""
-    smaller, last, moves = size - leaving, size - 1, 0
+def _stay(size: int, leaving: int, s: Scratch) -> int:
+    """Close the gaps of positions that leave, but for ``G`` and the panel. Returns how many stay."""
     for k in range(leaving):
         s.position[s.column[s.leaving[k]]] = -1
-    for k in range(leaving):
-        hole = s.leaving[k]
-        if hole >= smaller:
-            continue
-        while s.penalty[last] > 0:
-            last -= 1
-        for step in range(depth):
-            s.panel[panel_at(hole, step, steps)] = s.panel[panel_at(last, step, steps)]
-        s.weight[hole], s.reference[hole], s.column[hole] = s.weight[last], s.reference[last], s.column[last]
-        s.scale[hole], s.inverse_scale[hole] = s.scale[last], s.inverse_scale[last]
-        s.zero_point[hole] = s.zero_point[last]
-        s.position[s.column[hole]] = hole
-        s.hole[moves], s.mover[moves] = hole, last
-        moves, last = moves + 1, last - 1
-    return smaller, moves
+    count = 0
+    for i in range(size):
+        s.origin[count] = i
+        count += s.penalty[i] == 0
+    for i in range(count):
+        was = s.origin[i]
+        s.weight[i], s.reference[i], s.column[i] = s.weight[was], s.reference[was], s.column[was]
+        s.scale[i], s.inverse_scale[i] = s.scale[was], s.inverse_scale[was]
+        s.zero_point[i] = s.zero_point[was]
+        s.position[s.column[i]] = i
+    return count
 
 
 def _entry(digest: int) -> Callable[[int, int, Problem, Result, Scratch, Options], None]:

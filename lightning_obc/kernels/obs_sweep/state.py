@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_obc.kernels.obs_sweep.packed import Array, IntArray
+from lightning_obc.kernels.obs_sweep.packed import Array, IntArray, Moves
 
 
 class Problem(NamedTuple):
@@ -56,8 +56,8 @@ class Scratch(NamedTuple):
     column: IntArray  # column at a position
     position: IntArray  # by column, -1 outside the working set
     leaving: IntArray
-    hole: IntArray  # by move
-    mover: IntArray  # by move
+    origin: IntArray  # where a position that stays was
+    moves: Moves
     zeros: IntArray  # columns eliminated without a choice
     free: IntArray
     fixed: NDArray[np.bool_]  # by column

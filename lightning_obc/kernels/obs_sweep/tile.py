@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
@@ -21,11 +22,20 @@ _INDEX = ir.IntType(64)
 _INT32 = ir.IntType(32)
 
 
+def _target_features() -> set[str]:
+    """What the processor that numba compiles for can do: the host, unless numba was told otherwise."""
+    stated = numba.config.CPU_FEATURES
+    flags = (llvm.get_host_cpu_features().flatten() if stated is None else stated).split(",")
+    return {flag[1:] for flag in flags if flag.startswith("+")}
+
+
+TARGET_FEATURES = _target_features()
+
+
 def _vector_bytes() -> int:
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
+    if "avx512f" in TARGET_FEATURES:
         return 64
-    return 32 if features.get("avx2") and features.get("fma") else 16
+    return 32 if {"avx2", "fma"} <= TARGET_FEATURES else 16
 
 
 VECTOR_BYTES = _vector_bytes()
@@ -85,16 +95,37 @@ def _emit(
     operands: list[tuple[ir.Value, ir.Value]],
     depth: ir.Value,
 ) -> None:
-    (dst, dst_ld), (src, src_ld), (a, a_ld), (b, b_ld) = operands
+    (dst, dst_ld), (src, src_ld), a, b = operands
     vector = ir.VectorType(element, lanes)
+    if rows > 1:
+        for row in range(rows):
+            prefetch(builder, builder.gep(src, [builder.mul(src_ld, _INDEX(row))]), vectors * VECTOR_BYTES)
+    products = emit_products(builder, vector, rows, vectors, a, b, depth)
+    for row in range(rows):
+        for v in range(vectors):
+            old = load(builder, src, v * lanes, vector)
+            store(builder, builder.fsub(old, products[row * vectors + v]), dst, v * lanes, vector)
+        src, dst = builder.gep(src, [src_ld]), builder.gep(dst, [dst_ld])
+
+
+def emit_products(
+    builder: ir.IRBuilder,
+    vector: ir.VectorType,
+    rows: int,
+    vectors: int,
+    left_operand: tuple[ir.Value, ir.Value],
+    right_operand: tuple[ir.Value, ir.Value],
+    depth: ir.Value,
+) -> list[ir.Value]:
+    """``Σ_k a[k, i] b[k, j]`` in ``rows × vectors`` registers, row after row; operands are (start, distance of rows)."""
+    (a, a_ld), (b, b_ld), lanes = left_operand, right_operand, vector.count
     before, function = builder.block, builder.function
-    _prefetch(builder, src, src_ld, rows, vectors * VECTOR_BYTES)
     loop, end = function.append_basic_block("tile.loop"), function.append_basic_block("tile.end")
     builder.branch(loop)
     builder.position_at_end(loop)
     counter, a_row, b_row = builder.phi(_INDEX), builder.phi(a.type), builder.phi(b.type)
     sums = [builder.phi(vector) for _ in range(rows * vectors)]
-    right = [_load(builder, b_row, v * lanes, vector) for v in range(vectors)]
+    right = [load(builder, b_row, v * lanes, vector) for v in range(vectors)]
     updated = []
     for row in range(rows):
         left = _broadcast(builder, builder.load(builder.gep(a_row, [_INDEX(row)])), vector)
@@ -110,34 +141,25 @@ def _emit(
         phi.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
     builder.position_at_end(end)
-    for row in range(rows):
-        for v in range(vectors):
-            old = _load(builder, src, v * lanes, vector)
-            _store(builder, builder.fsub(old, updated[row * vectors + v]), dst, v * lanes, vector)
-        src, dst = builder.gep(src, [src_ld]), builder.gep(dst, [dst_ld])
+    return updated
 
 
-def _prefetch(builder: ir.IRBuilder, start: ir.Value, ld: ir.Value, rows: int, row_bytes: int) -> None:
-    """Fetch the tile that is updated at the end, while the products are being formed."""
-    if rows == 1:
-        return
+def prefetch(builder: ir.IRBuilder, start: ir.Value, bytes_: int) -> None:
+    """Fetch what is updated after the products, while they are being formed."""
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    for row in range(rows):
-        line = builder.bitcast(start, byte)
-        for at in range(0, row_bytes, 64):
-            builder.call(prefetch, [builder.gep(line, [_INDEX(at)]), _INT32(1), _INT32(3), _INT32(1)])
-        if row + 1 < rows:
-            start = builder.gep(start, [ld])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    line = builder.bitcast(start, byte)
+    for at in range(0, bytes_, 64):
+        builder.call(function, [builder.gep(line, [_INDEX(at)]), _INT32(1), _INT32(3), _INT32(1)])
 
 
-def _load(builder: ir.IRBuilder, start: ir.Value, offset: int, vector: ir.VectorType) -> ir.Value:
+def load(builder: ir.IRBuilder, start: ir.Value, offset: int, vector: ir.VectorType) -> ir.Value:
     pointer = builder.bitcast(builder.gep(start, [_INDEX(offset)]), vector.as_pointer())
     return builder.load(pointer, align=4)
 
 
-def _store(builder: ir.IRBuilder, value: ir.Value, start: ir.Value, offset: int, vector: ir.VectorType) -> None:
+def store(builder: ir.IRBuilder, value: ir.Value, start: ir.Value, offset: int, vector: ir.VectorType) -> None:
     builder.store(value, builder.bitcast(builder.gep(start, [_INDEX(offset)]), vector.as_pointer()), align=4)
 
 
