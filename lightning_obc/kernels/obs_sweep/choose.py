@@ -5,87 +5,60 @@ from __future__ import annotations
 from typing import Any
 
 import numba
-import numpy as np
 
 from lightning_obc.kernels.obs_sweep.jit import STRICT, lower
-from lightning_obc.kernels.obs_sweep.packed import CHUNK, Array, IntArray
+from lightning_obc.kernels.obs_sweep.lanes import LANES
+from lightning_obc.kernels.obs_sweep.packed import CHUNK, panel_at
 from lightning_obc.kernels.obs_sweep.state import Options, Scratch
+from lightning_obc.kernels.obs_sweep.step_tile import (
+    find,
+    half_step_prune,
+    half_step_quantize,
+    scores_prune,
+    scores_quantize,
+    step_prune,
+    step_quantize,
+)
+from lightning_obc.kernels.obs_sweep.tile import PANEL_VECTORS
 
-_jit = numba.njit(**STRICT)
 # Passing a whole Scratch costs more than a chunk's arithmetic, so what runs every step is inlined.
 _jit_inline = numba.njit(forceinline=True, **STRICT)
-_NONE = np.iinfo(np.int32).max
 
 
 @_jit_inline
 def choose(size: int, s: Scratch, o: Options) -> int:
-    """Position of the smallest score, the lowest column among equals; -1 when there is none."""
-    chunks = (size + CHUNK - 1) // CHUNK
-    best = o.big
-    for chunk in range(chunks):
-        best = min(best, s.chunk_best[chunk])
-    if not best < o.big:
-        return -1
-    column = _NONE
-    for chunk in range(chunks):
-        if s.chunk_best[chunk] == best:
-            column = min(column, _lowest_column(s.score, s.column, chunk * CHUNK, best))
-    return -1 if column == _NONE else s.position[column]
-
-
-@_jit
-def _lowest_column(score: Array, column: IntArray, start: int, best: Any) -> int:
-    lowest: Any = np.int32(_NONE)
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        lowest = min(lowest, column[i] if score[i] == best else np.int32(_NONE))
-    return lowest
+    """Position of the smallest score, the lowest among equals, which has the lowest column; -1 when there is none."""
+    best = s.best[0]
+    for lane in range(1, LANES):
+        best = lower(best, s.best[lane])
+    return find(s.score, best, size) if best < o.big else -1
 
 
 @_jit_inline
-def score(chunk: int, s: Scratch, o: Options) -> None:
-    start = chunk * CHUNK
-    if o.quantize:
-        s.chunk_best[chunk] = _score_quantize(
-            s.weight, s.diagonal, s.penalty, s.scale, s.inverse_scale, s.zero_point, s.score, start, o
-        )
-    else:
-        s.chunk_best[chunk] = _score_prune(s.weight, s.diagonal, s.penalty, s.score, start, o.big)
+def score(size: int, s: Scratch, o: Options) -> None:
+    """The scores of all positions."""
+    s.best[:] = o.big
+    for start in range(0, size, o.panel_width // PANEL_VECTORS):
+        if o.quantize:
+            scores_quantize(start, s, o)
+        else:
+            scores_prune(start, s, o)
 
 
-@_jit
-def _score_prune(weight: Array, diagonal: Array, penalty: Array, score: Array, start: int, big: Any) -> Any:
-    best = big
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        value = weight[i] * weight[i] / diagonal[i] + penalty[i]
-        score[i] = value
-        best = lower(best, value)
-    return best
-
-
-@_jit
-def _score_quantize(
-    weight: Array,
-    diagonal: Array,
-    penalty: Array,
-    scale: Array,
-    inverse_scale: Array,
-    zero_point: Array,
-    score: Array,
-    start: int,
-    o: Options,
-) -> Any:
-    """Clipped outliers score below zero, the largest squared error lowest, so that one minimum finds both."""
-    best = o.big
-    for k in range(CHUNK):
-        i = np.uint64(start) + np.uint64(k)
-        nearest = np.rint(weight[i] * inverse_scale[i]) + zero_point[i]
-        code = min(max(nearest, o.zero), o.max_code)
-        error = weight[i] - (code - zero_point[i]) * scale[i]
-        square = error * error
-        far = nearest != code and square > o.outlier * scale[i] * scale[i]
-        value = (-square if far else square / diagonal[i]) + penalty[i]
-        score[i] = value
-        best = lower(best, value)
-    return best
+@_jit_inline
+def eliminate(size: int, pivot: int, inverse_root: Any, z: Any, step: int, steps: int, s: Scratch, o: Options) -> None:
+    """Correct the gathered column at ``step``, move weights and diagonal by it, and score all positions again."""
+    left = panel_at(pivot, 0, steps)
+    s.best[:] = o.big
+    for start in range(0, size, o.panel_width):
+        own, first = panel_at(start, step, steps), panel_at(start, 0, steps)
+        half = size - start <= o.panel_width // 2
+        if o.quantize:
+            if half:
+                half_step_quantize(own, first, left, CHUNK, step, inverse_root, z, start, s, o)
+            else:
+                step_quantize(own, first, left, CHUNK, step, inverse_root, z, start, s, o)
+        elif half:
+            half_step_prune(own, first, left, CHUNK, step, inverse_root, z, start, s, o)
+        else:
+            step_prune(own, first, left, CHUNK, step, inverse_root, z, start, s, o)

@@ -14,6 +14,7 @@ from lightning_obc.kernels.host import flat_rows, numpy_type, symmetric
 from lightning_obc.kernels.obs_sweep import rows as kernel
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.jit import aligned
+from lightning_obc.kernels.obs_sweep.lanes import LANES
 from lightning_obc.kernels.obs_sweep.packed import moves, pack, packed_size, padded
 from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS, flush_columns, panel_columns
@@ -137,7 +138,7 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
         reference=floats(),
         penalty=floats(),
         score=floats(),
-        chunk_best=floats(),
+        best=np.zeros(LANES, dtype),
         scale=floats(),
         inverse_scale=floats(),
         zero_point=floats(),

@@ -89,24 +89,3 @@ over = _operation(2, lambda builder, old, a: builder.fdiv(old, a))
 plus_square = _operation(2, lambda builder, old, a: _call(builder, "fma", a, a, old))
 copy = _operation(2, lambda builder, old, a: a)
 root = _operation(1, lambda builder, old: _call(builder, "sqrt", old))
-
-
-def _step(typingctx, scale, z, column, column_at, weight, weight_at, diagonal, diagonal_at):  # type: ignore[no-untyped-def]
-    """``column *= scale; weight -= z·column; diagonal -= column²``, a pivot column's work on one run."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        column_place, weight_place, diagonal_place = (
-            _address(context, builder, signature.args[k], args[k], args[k + 1]) for k in (2, 4, 6)
-        )
-        v = builder.fmul(builder.load(column_place, align=4), _splat(builder, args[0]))
-        moved = _less(builder, builder.load(weight_place, align=4), _splat(builder, args[1]), v)
-        left = _less(builder, builder.load(diagonal_place, align=4), v, v)
-        for value, place in ((v, column_place), (moved, weight_place), (left, diagonal_place)):
-            builder.store(value, place, align=4)
-        return context.get_dummy_value()
-
-    run = (column, types.intp, weight, types.intp, diagonal, types.intp)
-    return types.void(column.dtype, column.dtype, *run), codegen
-
-
-pivot_step: Any = intrinsic(_step)

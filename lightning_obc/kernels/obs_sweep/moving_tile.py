@@ -1,9 +1,8 @@
 """Columns that stay move together: register tiles that read from where rows and columns were (LLVM).
 
-A sweep's matrix loses rows and columns at every panel's end. Those that stay keep their order, so a vector of ``n``
-neighbours comes from ``n`` or a few more neighbours: from two, rarely three, aligned vectors, by one or two permutations
-of registers. Reading them so inside the flush costs a tenth of the flush; moving single columns through strided memory
-costs half of it.
+A sweep's matrix loses rows and columns at every panel's end. Those that stay keep their order, so a vector of
+neighbours comes from slightly more neighbours: from two, rarely three, aligned vectors, by one or two permutations of
+registers. Reading them so inside the flush costs a fraction of moving single columns through strided memory.
 """
 
 from __future__ import annotations

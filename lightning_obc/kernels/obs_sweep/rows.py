@@ -1,9 +1,9 @@
 """The sweep of one row on a CPU, compiled by numba: choose, eliminate, flush, compact (paper, algorithm 1).
 
-Columns still in the working set sit at *positions* ``0 … size``, in ascending order; at a panel's end they close the gaps
-of those that left. A column is *fixed* when it has been eliminated; it can leave the working set without that, when its
-N:M group closes. A row whose pivots have shrunk so far that float32 has lost their digits starts again from the float64
-inverse of ``H`` on the columns that are still free.
+Columns still in the working set sit at *positions* ``0 … size``, in ascending order; at a panel's end they close the
+gaps of those that left. A column is *fixed* when it has been eliminated; it can leave the working set without that,
+when its N:M group closes. A row whose pivots have shrunk so far that float32 has lost their digits starts again from
+the float64 inverse of ``H`` on the columns that are still free.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from typing import Any
 import numba
 import numpy as np
 
-from lightning_obc.kernels.obs_sweep.choose import choose, score
+from lightning_obc.kernels.obs_sweep.choose import choose, eliminate, score
 from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, finite, source_digest
-from lightning_obc.kernels.obs_sweep.lanes import LANES, pivot_step
 from lightning_obc.kernels.obs_sweep.packed import (
     CHUNK,
     Array,
     at,
-    correct,
     gather,
     move_and_flush,
     move_panel,
-    panel_at,
     plan_moves,
 )
 from lightning_obc.kernels.obs_sweep.restart import place, restart
@@ -110,8 +107,7 @@ def _load_panel(source: Array, size: int, start: bool, s: Scratch, o: Options) -
     for i in range(size, end):
         s.weight[i], s.diagonal[i], s.penalty[i] = 0, 1, o.big
         s.scale[i], s.inverse_scale[i], s.zero_point[i] = 1, 1, 0
-    for chunk in range(end // CHUNK):
-        score(chunk, s, o)
+    score(size, s, o)
 
 
 @_jit_inline
@@ -176,8 +172,7 @@ def _fix(row: int, pivot: int, done: int, known: bool, p: Problem, out: Result, 
 def _close_full_groups(size: int, leaving: int, p: Problem, s: Scratch, o: Options) -> int:
     for group in range(p.quota.shape[0]):
         leaving = _close_if_full(group, leaving, p, s, o)
-    for chunk in range((size + CHUNK - 1) // CHUNK):
-        score(chunk, s, o)
+    score(size, s, o)
     return leaving
 
 
@@ -198,19 +193,8 @@ def _eliminate(source: Array, size: int, pivot: int, error: Any, step: int, step
     """Form the pivot column, move the weights and the diagonal, and score again."""
     gather(source, size, pivot, s.panel, step, steps)
     inverse_root = o.one / np.sqrt(s.diagonal[pivot])
-    for chunk in range((size + CHUNK - 1) // CHUNK):
-        correct(s.panel, chunk, pivot, step, steps, o.panel_width)
-        start = panel_at(chunk * CHUNK, step, steps)
-        _advance(s.panel, start, s.weight, s.diagonal, chunk * CHUNK, inverse_root, error * inverse_root)
-        if chunk == pivot // CHUNK:
-            s.weight[pivot], s.diagonal[pivot] = 0, 1
-        score(chunk, s, o)
-
-
-@_jit
-def _advance(panel: Array, at: int, weight: Array, diagonal: Array, start: int, inverse_root: Any, z: Any) -> None:
-    for k in range(0, CHUNK, LANES):
-        pivot_step(inverse_root, z, panel, at + k, weight, start + k, diagonal, start + k)
+    eliminate(size, pivot, inverse_root, error * inverse_root, step, steps, s, o)
+    s.weight[pivot], s.diagonal[pivot] = 0, 1
 
 
 @_jit

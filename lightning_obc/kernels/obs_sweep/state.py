@@ -47,7 +47,7 @@ class Scratch(NamedTuple):
     reference: Array  # diagonal at the start, or at the last restart
     penalty: Array  # 0, or ``big`` once a position leaves
     score: Array
-    chunk_best: Array  # by chunk
+    best: Array  # smallest scores, by lane
     scale: Array
     inverse_scale: Array
     zero_point: Array

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import cgutils, config, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -24,7 +23,7 @@ _INT32 = ir.IntType(32)
 
 def _target_features() -> set[str]:
     """What the processor that numba compiles for can do: the host, unless numba was told otherwise."""
-    stated = numba.config.CPU_FEATURES
+    stated = vars(config).get("CPU_FEATURES")
     flags = (llvm.get_host_cpu_features().flatten() if stated is None else stated).split(",")
     return {flag[1:] for flag in flags if flag.startswith("+")}
 
@@ -116,20 +115,27 @@ def emit_products(
     left_operand: tuple[ir.Value, ir.Value],
     right_operand: tuple[ir.Value, ir.Value],
     depth: ir.Value,
+    may_be_empty: bool = False,
 ) -> list[ir.Value]:
-    """``Σ_k a[k, i] b[k, j]`` in ``rows × vectors`` registers, row after row; operands are (start, distance of rows)."""
+    """``Σ_k a[k, i] b[k, j]`` in ``rows × vectors`` registers, row after row.
+
+    An operand is where it starts and the distance of its rows. ``depth >= 1`` unless ``may_be_empty``.
+    """
     (a, a_ld), (b, b_ld), lanes = left_operand, right_operand, vector.count
     before, function = builder.block, builder.function
     loop, end = function.append_basic_block("tile.loop"), function.append_basic_block("tile.end")
-    builder.branch(loop)
+    if may_be_empty:
+        builder.cbranch(builder.icmp_signed(">", depth, _INDEX(0)), loop, end)
+    else:
+        builder.branch(loop)
     builder.position_at_end(loop)
     counter, a_row, b_row = builder.phi(_INDEX), builder.phi(a.type), builder.phi(b.type)
     sums = [builder.phi(vector) for _ in range(rows * vectors)]
     right = [load(builder, b_row, v * lanes, vector) for v in range(vectors)]
     updated = []
     for row in range(rows):
-        left = _broadcast(builder, builder.load(builder.gep(a_row, [_INDEX(row)])), vector)
-        updated += [_fma(builder, left, right[v], sums[row * vectors + v]) for v in range(vectors)]
+        left = splat(builder, builder.load(builder.gep(a_row, [_INDEX(row)])), vector)
+        updated += [fma(builder, left, right[v], sums[row * vectors + v]) for v in range(vectors)]
     following = builder.add(counter, _INDEX(1))
     for phi, start, value in (
         (counter, _INDEX(0), following),
@@ -141,7 +147,13 @@ def emit_products(
         phi.add_incoming(value, loop)
     builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
     builder.position_at_end(end)
-    return updated
+    if not may_be_empty:
+        return updated
+    none, totals = ir.Constant(vector, [0.0] * lanes), [builder.phi(vector) for _ in updated]
+    for phi, value in zip(totals, updated, strict=True):
+        phi.add_incoming(none, before)
+        phi.add_incoming(value, loop)
+    return totals
 
 
 def prefetch(builder: ir.IRBuilder, start: ir.Value, bytes_: int) -> None:
@@ -163,13 +175,13 @@ def store(builder: ir.IRBuilder, value: ir.Value, start: ir.Value, offset: int, 
     builder.store(value, builder.bitcast(builder.gep(start, [_INDEX(offset)]), vector.as_pointer()), align=4)
 
 
-def _broadcast(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
+def splat(builder: ir.IRBuilder, scalar: ir.Value, vector: ir.VectorType) -> ir.Value:
     undefined = ir.Constant(vector, ir.Undefined)
     single = builder.insert_element(undefined, scalar, _INT32(0))
     return builder.shuffle_vector(single, undefined, ir.Constant(ir.VectorType(_INT32, vector.count), None))
 
 
-def _fma(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+def fma(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     vector = x.type
     name = f"llvm.fma.v{vector.count}{'f32' if vector.element == ir.FloatType() else 'f64'}"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector] * 3), name)
