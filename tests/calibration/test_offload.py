@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from awkward_chains import CallsABlockTwice, DrawsNumbers
 from device_double import DEVICE, DeviceDouble
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -56,17 +57,12 @@ class Chain(nn.Module):
         return self.head(self.norm(x))
 
 
-class Twice(Chain):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in (*self.blocks, self.blocks[0]):
-            x = block(x)
-        return self.head(x)
+class Twice(CallsABlockTwice, Chain):
+    pass
 
 
-class Draws(Chain):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.01 * torch.randn(x.shape))
+class Draws(DrawsNumbers, Chain):
+    pass
 
 
 class Borrows(Chain):

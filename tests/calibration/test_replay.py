@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from awkward_chains import CallsABlockTwice, DrawsNumbers
 from torch import Tensor, nn
 
 import lightning_obc as obc
@@ -57,17 +58,12 @@ class Skips(Chain):
         return self.head(self.norm(self.blocks[3](third) + first))
 
 
-class Twice(Chain):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in (*self.blocks, self.blocks[0]):
-            x = block(x)
-        return self.head(x)
+class Twice(CallsABlockTwice, Chain):
+    pass
 
 
-class Draws(Chain):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x + 0.01 * torch.randn(x.shape))
+class Draws(DrawsNumbers, Chain):
+    pass
 
 
 class Borrows(Chain):
