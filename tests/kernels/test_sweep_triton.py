@@ -17,8 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from channel_cases import Case
+from channel_cases import assert_parity as assert_same_channels
 from sweep_cases import MODES, Mode, agreement, assert_parity, make_problem
 from triton_scenarios import (
+    CHANNEL_CASES,
     GRID,
     SCENARIOS,
     SOME,
@@ -34,7 +37,7 @@ from triton_scenarios import (
 )
 
 from lightning_obc.errors import BackendError
-from lightning_obc.kernels.obs_sweep import SweepOutput, resolve_backend, sweep_prune
+from lightning_obc.kernels.obs_sweep import SweepOutput, channel_backend, resolve_backend, sweep_prune
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = Path(__file__).parent / "triton_scenarios.py"
@@ -112,6 +115,23 @@ def test_every_pattern_through_the_functions_on_matrices(result: Results, name: 
         assert torch.equal(got == 0, oracle == 0)
         assert not bool(torch.signbit(got[got == 0]).any())
         torch.testing.assert_close(got, oracle, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CHANNEL_CASES, ids=str)
+def test_channels(result: Results, case: Case) -> None:
+    """Besides, memory that nothing has written holds NaN there."""
+    assert_same_channels(result(f"channels {case}"), case.run("naive"))
+
+
+def test_a_channel_that_is_not_definite_is_reported_for_its_problem(result: Results) -> None:
+    out, oracle = result("broken channels"), Case(2, 3, 7, 2).run("naive")
+    assert out.broken.tolist() == [False, True]
+    assert torch.equal(out.order[0], oracle.order[0])
+
+
+def test_channels_leave_without_the_host_waiting_in_a_step(result: Results) -> None:
+    # Before the first step: does every row agree on its zeros, are inputs finite.
+    assert len(result("waits of channels")) <= 4
 
 
 def test_groups_of_any_shape_and_quota(result: Results) -> None:
@@ -208,6 +228,13 @@ def test_every_part_of_the_gpu_benchmark_runs(everything: dict[str, Any]) -> Non
     assert all(set(layer["seconds"]) == {*patterns, "rank-1"} for layer in got["shapes"]["layers"])
     assert got["memory"]["same"] == 1.0
     assert "| all of them | 3 |" in got["report"]["shapes"]
+
+
+@needs_triton
+def test_channels_of_more_columns_than_a_program_holds_are_refused() -> None:
+    with pytest.raises(BackendError, match="channels of 65 columns"):
+        channel_backend("triton", "cuda", 65)
+    assert channel_backend("auto", "cpu", 65) == "numba"
 
 
 @needs_triton

@@ -22,12 +22,20 @@ from typing import Any
 from unittest import mock
 
 import torch
+from channel_cases import Case
 from sweep_cases import BLOCKS, MODES, Mode, make_problem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_obc import obs
-from lightning_obc.kernels.obs_sweep import NMGroups, SweepInput, SweepOutput, sweep_prune
+from lightning_obc.kernels.obs_sweep import (
+    ChannelOutput,
+    NMGroups,
+    SweepInput,
+    SweepOutput,
+    sweep_channels,
+    sweep_prune,
+)
 from lightning_obc.kernels.obs_sweep.types import WORN_FLOAT32, SweepPlan
 from lightning_obc.specs import NM, Block, IntGrid
 
@@ -78,6 +86,41 @@ class Poison(TorchDispatchMode):
 
 
 Scenario = Callable[[str], Any]
+
+CHANNELS = "lightning_obc.kernels.obs_sweep.triton_channels"
+CHANNEL_CASES = [
+    *(Case(*shape, zeros=zeros) for shape in ((1, 3, 9, 1), (2, 2, 5, 3)) for zeros in ("none", "columns", "weights")),
+    Case(1, 1, 1, 1),
+    Case(3, 2, 1, 9),
+    Case(1, 2, 65, 1, dtype=torch.float32),
+]
+
+
+def channels(case: Case) -> Scenario:
+    """Panels of a few lines and programs of a few channels, so that small problems have many of both."""
+
+    def scenario(device: str) -> ChannelOutput:
+        lines = 3 * case.positions if case.channels < 60 else 8
+        held = 2 * 4 ** (case.positions - 1).bit_length() if case.channels < 60 else 2048
+        with mock.patch.multiple(CHANNELS, LINES=lines, _HELD=held), Poison():
+            return case.run("triton", device)
+
+    return scenario
+
+
+def broken_channels(device: str) -> ChannelOutput:
+    problem = Case(2, 3, 7, 2).problem()
+    problem.inverse[1, 5, 5] = -1.0
+    there = SweepInput(*(None if t is None else t.to(device) for t in vars(problem).values()))
+    found = sweep_channels(there, 7, 7, backend="triton")
+    return ChannelOutput(*(tensor.cpu() for tensor in vars(found).values()))
+
+
+def waits_of_channels(device: str) -> list[str]:
+    watched = Waits()
+    with mock.patch.multiple(CHANNELS, LINES=4), watched:
+        Case(1, 2, 12).run("triton", device)
+    return watched.names
 
 
 def parity_problem(shape: tuple[int, int, int], keep: float | None, dtype: torch.dtype) -> SweepInput:
@@ -282,6 +325,9 @@ def engine_cases() -> dict[str, Callable[[Tensor, Tensor, str], list[Tensor]]]:
         "grid of the tensor": quantize(IntGrid(3, granularity="tensor")),
         "grids of groups, symmetric": quantize(IntGrid(4, True, "group", 4)),
         "zeros, then codes": joint,
+        "channels": lambda w, h, backend: [
+            level.weight for level in obs.sweep_structured(w, h, channels=4, backend=backend).solutions((0.25, 0.75))
+        ],
     }
 
 
@@ -328,6 +374,9 @@ SCENARIOS: dict[str, Scenario] = {
     "waits": waits,
     "waits of blocks": partial(waits, block=True),
     "strided": strided,
+    **{f"channels {case}": channels(case) for case in CHANNEL_CASES},
+    "broken channels": broken_channels,
+    "waits of channels": waits_of_channels,
     "rehearsal": rehearsal,
 }
 

@@ -29,7 +29,10 @@ _MODULES = {
     "naive": "lightning_obc.kernels.obs_sweep.channel_naive",
     "torch": "lightning_obc.kernels.obs_sweep.channel_torch",
     "numba": "lightning_obc.kernels.obs_sweep.channel_compiled",
+    "triton": "lightning_obc.kernels.obs_sweep.triton_channels",
 }
+# A program holds whole diagonal blocks in its registers.
+LARGEST_TRITON_CHANNEL = 64
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ def channel_backend(backend: str, device_type: str, positions: int) -> str:
     """What sweeps channels of ``positions`` columns when ``backend`` is asked for.
 
     Raises:
-        BackendError: The backend lacks such channels, or cannot run there.
+        BackendError: ``"triton"`` for channels of more than 64 columns, or a backend that cannot run there.
     """
-    return resolve_among(backend, device_type, tuple(_MODULES), f"channels of {positions} columns")
+    allowed = tuple(name for name in _MODULES if name != "triton" or positions <= LARGEST_TRITON_CHANNEL)
+    return resolve_among(backend, device_type, allowed, f"channels of {positions} columns")
 
 
 def sweep_channels(
