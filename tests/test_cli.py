@@ -94,6 +94,14 @@ def test_compress_takes_stages_of_its_own(run, tmp_path):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_a_training_without_its_stages_does_not_end_with_status_0(run, tmp_path):
+    config = recipe(tmp_path, prune(at={"step": 99}))
+    with pytest.raises(SystemExit, match=r"1 of the compression stages did not run.*Prune\(2:4\) at {'step': 99}"):
+        run("fit", *SHORT, "--trainer.limit_val_batches=0", config=config)
+    with pytest.raises(SystemExit, match="Nothing was trained, and no compression stage ran"):
+        run("fit", *SHORT, "--trainer.limit_train_batches=0", config=config)
+
+
 def test_other_subcommands(run):
     assert run("validate", "--trainer.callbacks=null").trainer.state.fn == "validate"
     assert "test_accuracy" in run("test", "--trainer.callbacks=null").trainer.callback_metrics

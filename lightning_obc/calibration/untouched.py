@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.calibration.rng import preserved_rng
+from lightning_obc.distributed import is_sharded
 
 # Elements of a parameter. Forward passes that write to parameters (initialisation from the first data, codebooks)
 # write to small ones; copies of the large ones would double the memory of a large model.
@@ -36,8 +37,11 @@ def untouched(model: nn.Module, source: Any = None) -> Iterator[None]:
         source: The loader or data set that batches are drawn from, if any.
     """
     with preserved_rng():
-        kept = [_Kept(module) for module in model.modules()] + [_Kept(found) for found in _behind(source)]
-        parameters = [(p, p.detach().clone()) for p in model.parameters() if p.numel() <= _LARGEST_COPY]
+        # Sharding keeps its own books in the modules, and exchanges their parameters: they are left to it.
+        sharded = any(map(is_sharded, model.parameters()))
+        kept = [_Kept(found) for found in (*(() if sharded else model.modules()), *_behind(source))]
+        own = () if sharded else model.parameters()
+        parameters = [(p, p.detach().clone()) for p in own if p.numel() <= _LARGEST_COPY]
         try:
             yield
         finally:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from small import Small, loader, quiet_trainer, same, weights
+from thread_ranks import run_ranks
 
 import lightning_obc as obc
+from lightning_obc.callbacks import compat
+from lightning_obc.callbacks.passes import follow
 from lightning_obc.callbacks.plateau import PlateauWatch, monitored
-from lightning_obc.callbacks.timetable import check_order
+from lightning_obc.callbacks.timetable import Timetable, check_order
 from lightning_obc.errors import ScheduleError
 
 SPEC = obc.Calibration(samples=16)
@@ -144,6 +148,28 @@ def test_a_metric_that_nobody_logs_is_named(tmp_path: Path) -> None:
         fit(tmp_path, [1.0, 1.0], obc.Prune("2:4", at=obc.Plateau("speed")), limit_val_batches=0)
     with pytest.raises(ScheduleError, match="single number"):
         monitored(obc.Plateau("x"), {"x": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("validation", [True, False])
+def test_a_metric_that_one_rank_never_logs_is_named_on_all(monkeypatch: pytest.MonkeyPatch, validation: bool) -> None:
+    monkeypatch.setattr(compat, "ranks", lambda trainer: trainer.ranks)
+    monkeypatch.setattr(compat, "validates", lambda trainer: True)
+    monkeypatch.setattr(compat, "validation_metrics", lambda trainer: trainer.callback_metrics)
+
+    def epoch(ranks: Any, logged: dict[str, Any]) -> PlateauWatch:
+        watch, timetable = PlateauWatch(), Timetable([obc.Prune(0.5, at=obc.Plateau("score"))])
+        trainer: Any = SimpleNamespace(ranks=ranks, callback_metrics=logged, global_step=1)
+        follow(trainer, timetable, watch, validation=True)
+        if not validation:
+            trainer.callback_metrics = logged | {"effort": torch.tensor(1.0)}
+            follow(trainer, timetable, watch, validation=False)
+        return watch
+
+    found = run_ranks(3, lambda ranks: epoch(ranks, {} if ranks.rank == 1 else {"score": torch.tensor(2.0)}))
+    assert [type(error) for error in found] == [ScheduleError] * 3
+    assert all("missing on rank 1 of 3" in str(error) for error in found)
+    watches: Any = run_ranks(2, lambda ranks: epoch(ranks, {"score": torch.tensor(float(ranks.rank))}))
+    assert [watch.best for watch in watches] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("stop", ["epoch=2", "epoch=3", "epoch=4"])
