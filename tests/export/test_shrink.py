@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any
 
 import pytest
@@ -345,6 +346,12 @@ def test_encoder_layers_lose_hidden_channels() -> None:
 
 
 def quantized_chain(grid: obc.IntGrid) -> tuple[nn.Module, dict[str, Any], Tensor]:
+    model, solutions, samples = solved_chain(grid)
+    return copy.deepcopy(model), solutions, samples
+
+
+@functools.cache
+def solved_chain(grid: obc.IntGrid) -> tuple[nn.Module, dict[str, Any], Tensor]:
     model = chain().eval()
     samples = torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     prune = obc.Prune(obc.Structured(0.5), exclude=["0.0"])
