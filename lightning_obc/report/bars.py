@@ -12,6 +12,7 @@ Row = Mapping[str, Any]
 _DECADES = 8
 _LABELS = 3
 _FAR = 20.0
+_LONGEST = 30
 
 
 def share(value: float, axis: Axis) -> float:
@@ -52,6 +53,7 @@ def chart(
     entries = [
         {
             "name": bars[0][0]["name"],
+            "label": shortened(bars[0][0].get("label", bars[0][0]["name"])),
             "bars": [_bar(row, share(value, axis), text(value)) for row, value in bars],
             "text": " · ".join(text(value) for _, value in bars[-2:]),
         }
@@ -64,6 +66,20 @@ def chart(
         "rows": entries,
         "ticks": [{"left": axis(tick), "text": label} for tick, label in ticks[::stride]],
     }
+
+
+def _without_prefix(layers: Sequence[Sequence[Row]]) -> list[list[Row]]:
+    """Rows whose label lacks the dotted parts that all names begin with."""
+    parts = [rows[0]["name"].split(".")[:-1] for rows in layers]
+    same = 0
+    while len(layers) > 1 and len({tuple(p[: same + 1]) for p in parts}) == 1 and all(len(p) > same for p in parts):
+        same += 1
+    return [[{**row, "label": ".".join(row["name"].split(".")[same:])} for row in rows] for rows in layers]
+
+
+def shortened(name: str) -> str:
+    """A long name with its middle left out: layers of one network differ at the beginning and at the end."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[1 - _LONGEST // 2 :]}"
 
 
 def _bar(row: Row, length: float, text: str) -> dict[str, Any]:
@@ -87,6 +103,7 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     """
     if not layers:
         return []
+    layers = _without_prefix(layers)
     errors = [[(row, row["relative_error"]) for row in rows] for rows in layers]
     zeros = [[({**rows[-1], "series": 0, "compressed": True}, rows[-1]["sparsity"])] for rows in layers]
     times = [[(row, row["seconds"]) for row in rows] for rows in layers]

@@ -418,3 +418,16 @@ def test_runs_of_other_layers_and_recipes_stand_side_by_side(tmp_path):
     assert [len(layer["runs"]) for layer in comparison["layers"]] == [3] * 8
     assert all(sum(run is not None for run in layer["runs"]) == 1 for layer in comparison["layers"])
     assert "| accuracy, compressed" in text.read_text()
+
+
+def test_labels_of_long_names_stay_different():
+    plain = {"relative_error": 0.1, "sparsity": 0.5, "seconds": 1.0, "series": 0, "compressed": True, "status": "ok"}
+    names = [f"backbone.features.stage{i}.block0.conv_depthwise_expansion.0.weight_proj" for i in range(9)]
+    for chart in bar_charts([[plain | {"name": name}] for name in names]):
+        labels = [row["label"] for row in chart["rows"]]
+        assert len(set(labels)) == 9
+        assert labels[3].startswith("stage3.block0.")
+        assert labels[3].endswith("weight_proj")
+        assert max(map(len, labels)) <= 30
+        assert [row["name"] for row in chart["rows"]] == names
+    assert [row["label"] for row in bar_charts([[plain | {"name": "a.b"}]])[0]["rows"]] == ["a.b"]
