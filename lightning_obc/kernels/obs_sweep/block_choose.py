@@ -5,56 +5,49 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockScratch, entry, slot
+from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockScratch, entry, room
 from lightning_obc.kernels.obs_sweep.jit import STRICT, lower
 from lightning_obc.kernels.obs_sweep.lanes import LANES, copy, less_product, over, plus_square, root
 from lightning_obc.kernels.obs_sweep.packed import Array
+from lightning_obc.kernels.obs_sweep.step_tile import find
 
 _jit = numba.njit(**STRICT)
 _jit_inline = numba.njit(forceinline=True, **STRICT)
-_NONE = np.iinfo(np.int32).max
 
 
 @_jit_inline
 def choose(teams: int, s: BlockScratch, o: BlockOptions) -> int:
-    """Place of the cheapest block, the lowest block among equals; -1 when there is none."""
+    """Place of the cheapest block, the lowest among equals, which is the lowest block; -1 when there is none."""
     best = o.big
     for team in range(teams):
         best = min(best, s.best[team])
-    block, found = _NONE, -1
-    if best < o.big:
-        for team in range(teams):
-            if s.best[team] == best:
-                for place in range(team * LANES, (team + 1) * LANES):
-                    if s.score[place] == best and s.block[place] < block:
-                        block, found = s.block[place], place
-    return found
+    return find(s.score, best, teams * LANES) if best < o.big else -1
 
 
 @_jit_inline
-def score(team: int, s: BlockScratch, o: BlockOptions) -> None:
+def score(team: int, places: int, s: BlockScratch, o: BlockOptions) -> None:
     """``|L⁻¹ w_B|²`` of a team's blocks. A block that is not positive definite wins, so that it is seen."""
     _factor(team, s.diagonal, s.lower, o.size)
-    s.best[team] = _cost(team, s.weight, s.lower, s.solved, s.penalty, s.score, o.size, o.big, o.zero)
+    s.best[team] = _cost(team, room(places), s.weight, s.lower, s.solved, s.penalty, s.score, o.size, o.big, o.zero)
 
 
 @_jit
-def start_pivots(team: int, s: BlockScratch, o: BlockOptions) -> None:
+def start_pivots(team: int, places: int, s: BlockScratch, o: BlockOptions) -> None:
     """Remember every column's pivot, given the columns before it in its block."""
     _factor(team, s.diagonal, s.lower, o.size)
     for i in range(o.size):
         for lane in range(LANES):
             pivot = s.lower[entry(0, i, i, o.size) + lane]
-            s.reference[slot(team * LANES + lane, i, o.size)] = pivot * pivot
+            s.reference[i * room(places) + team * LANES + lane] = pivot * pivot
 
 
 @_jit
-def weakest(place: int, s: BlockScratch, o: BlockOptions) -> float:
+def weakest(place: int, places: int, s: BlockScratch, o: BlockOptions) -> float:
     """The smallest ratio of a block's pivots to what they started from; NaN or at most 0 where there is no factor."""
     _factor(place // LANES, s.diagonal, s.lower, o.size)
     ratio = o.one
     for i in range(o.size):
-        here = slot(place, i, o.size)
+        here = i * room(places) + place
         if s.alive[here] > 0:
             pivot = s.lower[entry(0, i, i, o.size) + place % LANES]
             share = pivot * pivot / s.reference[here]
@@ -81,6 +74,7 @@ def _factor(team: int, diagonal: Array, low: Array, size: int) -> None:
 @_jit
 def _cost(
     team: int,
+    stride: int,
     weight: Array,
     low: Array,
     solved: Array,
@@ -95,7 +89,7 @@ def _cost(
         solved[total + np.uint64(lane)] = zero
     for i in range(size):
         here = i * LANES
-        copy(solved, here, weight, team * LANES * size + here)
+        copy(solved, here, weight, i * stride + team * LANES)
         for k in range(i):
             less_product(solved, here, low, entry(0, i, k, size), solved, k * LANES)
         over(solved, here, low, entry(0, i, i, size))

@@ -18,11 +18,11 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     BlockProblem,
     BlockResult,
     BlockScratch,
-    teams,
 )
 from lightning_obc.kernels.obs_sweep.compiled import NARROW_STEPS, STEPS, shared_options
 from lightning_obc.kernels.obs_sweep.jit import aligned
-from lightning_obc.kernels.obs_sweep.packed import pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.packed import moves, pack, packed_size, padded
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS, flush_columns
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
 from lightning_obc.kernels.threads import run_blocks
 
@@ -48,7 +48,7 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
     source = _problem(problem, members)
     result = BlockResult(flat_rows(order), flat_rows(losses), count.view(-1).numpy(), broken.view(-1).numpy())
     options = BlockOptions(size=size, **shared_options(problem.weight))
-    positions, total = teams(blocks) * LANES * size, groups * rows
+    positions, total = _places(blocks) * size, groups * rows
     each = packed_size(positions) * (problem.weight.itemsize + 8)
     threads = max(1, min(torch.get_num_threads(), total, memory_budget // max(1, each)))
 
@@ -60,13 +60,18 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
     return SweepOutput(order, losses, count, broken)
 
 
+def _places(blocks: int) -> int:
+    """Places of whole teams."""
+    return -(-blocks // LANES) * LANES
+
+
 def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
     blocks, size = members.shape
     columns = problem.weight.shape[2]
-    filled = torch.full((teams(blocks) * LANES, size), -1, dtype=torch.int64)
+    filled = torch.full((_places(blocks), size), -1, dtype=torch.int64)
     filled[:blocks] = members
-    # Team after team, member after member, lane after lane.
-    column = filled.view(-1, LANES, size).transpose(1, 2).reshape(-1)
+    # Member after member.
+    column = filled.t().reshape(-1)
     real = column >= 0
     position = torch.zeros(columns, dtype=torch.int32)
     position[column[real]] = real.nonzero().flatten().to(torch.int32)
@@ -85,7 +90,7 @@ def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
 
 def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> BlockScratch:
     """Memory of one thread. The float64 part stays untouched, and so unallocated, until a row restarts."""
-    places = teams(blocks) * LANES
+    places = _places(blocks)
     length, pairs = padded(places * size), size * (size + 1) // 2
 
     def floats(count: int = length) -> NDArray[Any]:
@@ -102,19 +107,19 @@ def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> Bloc
         weight=floats(),
         alive=floats(),
         reference=floats(),
-        diagonal=floats(teams(blocks) * pairs * LANES),
+        diagonal=floats(places * pairs),
         lower=floats(pairs * LANES),
         solved=floats((size + 1) * LANES),
         score=floats(places),
         penalty=floats(places),
-        best=floats(teams(blocks)),
+        best=floats(places // LANES),
         right=np.zeros(length),
         unit=np.zeros(length),
         column=integers(),
         block=integers(places),
-        target=integers(places),
-        hole=integers(),
-        mover=integers(),
+        place=integers(places),
+        origin=integers(),
+        moves=moves(length, flush_columns(dtype) // FLUSH_VECTORS),
         zeros=integers(columns),
         fixed=np.zeros(columns, np.bool_),
         gone=np.zeros(blocks, np.bool_),

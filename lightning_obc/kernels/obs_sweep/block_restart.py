@@ -5,9 +5,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockProblem, BlockScratch, slot
+from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockProblem, BlockScratch, room
 from lightning_obc.kernels.obs_sweep.jit import STRICT
-from lightning_obc.kernels.obs_sweep.lanes import LANES
 from lightning_obc.kernels.obs_sweep.packed import at, invert_
 
 _jit = numba.njit(**STRICT)
@@ -20,7 +19,7 @@ def restart(row: int, p: BlockProblem, s: BlockScratch, o: BlockOptions) -> int:
     Returns how many blocks there are, or -1 when ``H_UU`` is not positive definite.
     """
     places = _place(p, s, o)
-    size = (places + LANES - 1) // LANES * LANES * o.size
+    size = room(places) * o.size
     hessian = p.hessian[row // o.rows]
     for i in range(size):
         column = s.column[i]
@@ -60,11 +59,11 @@ def _place(p: BlockProblem, s: BlockScratch, o: BlockOptions) -> int:
         if not s.gone[block]:
             s.block[places], s.penalty[places] = block, o.zero
             places += 1
-    for place in range(places, (places + LANES - 1) // LANES * LANES):
+    for place in range(places, room(places)):
         s.block[place], s.penalty[place] = -1, o.big
-    for place in range((places + LANES - 1) // LANES * LANES):
+    for place in range(room(places)):
         for member in range(o.size):
-            i = slot(place, member, o.size)
+            i = member * room(places) + place
             column = p.members[s.block[place], member] if place < places else -1
             free = column >= 0 and not s.fixed[column]
             s.column[i], s.alive[i] = column if free else -1, o.one if free else o.zero

@@ -22,7 +22,7 @@ from lightning_obc.kernels.obs_sweep.block_state import (
     BlockResult,
     BlockScratch,
     entry,
-    slot,
+    room,
 )
 from lightning_obc.kernels.obs_sweep.jit import STRICT, cached, finite, source_digest
 from lightning_obc.kernels.obs_sweep.lanes import less_product, less_scaled, times_scaled
@@ -31,12 +31,13 @@ from lightning_obc.kernels.obs_sweep.packed import (
     Array,
     at,
     correct,
-    flush,
     gather,
+    move_and_flush,
+    move_panel,
     panel_at,
-    refill,
-    refill_and_flush,
+    plan_moves,
 )
+from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS
 from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
@@ -49,7 +50,7 @@ CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
 @_jit
 def _sweep_row(row: int, p: BlockProblem, out: BlockResult, s: BlockScratch, o: BlockOptions) -> tuple[int, bool]:
     forced, places, done, status = _begin(row, p, s, o), p.members.shape[0], 0, CONTINUE
-    source, shared, fresh, taken = p.packed[row // o.rows], True, True, 0
+    source, fresh, taken = p.packed[row // o.rows], True, 0
     if _cheaper_to_invert(p.weight.shape[1], forced):
         for k in range(forced):
             s.fixed[s.zeros[k]] = True
@@ -59,24 +60,22 @@ def _sweep_row(row: int, p: BlockProblem, out: BlockResult, s: BlockScratch, o: 
             places = restart(row, p, s, o)
             if places <= 0:
                 return done, places < 0
-            source, shared, fresh = s.packed, False, True
+            source, fresh = s.packed, True
         _load_panel(source, places, fresh, s, o)
-        size = (places + LANES - 1) // LANES * LANES * o.size
+        size = room(places) * o.size
         steps = o.steps if size > o.narrow else o.narrow_steps
         steps = max(steps, o.size)
         status, done, taken, depth = _panel(row, source, places, done, taken, forced, steps, fresh, p, out, s, o)
         if status in (ENDED, BROKEN):
             return done, status == BROKEN
         if status == CONTINUE:
-            if shared:
-                flush(source, s.packed, size, s.panel, depth, steps, o.flush_width)
-            places, moves = _compact(places, 0 if shared else depth, steps, s, o)
-            size = (places + LANES - 1) // LANES * LANES * o.size
-            if shared:
-                refill(s.packed, size, s.hole, s.mover, moves)
-            else:
-                refill_and_flush(s.packed, size, s.hole, s.mover, moves, s.panel, depth, steps, o.flush_width)
-            source, shared, fresh = s.packed, False, False
+            lanes = o.flush_width // FLUSH_VECTORS
+            places = _stay(places, s, o)
+            size = room(places) * o.size
+            plan_moves(size, s.origin, s.moves, lanes)
+            move_panel(s.panel, depth, steps, size, s.origin, s.moves, lanes)
+            move_and_flush(source, s.packed, size, s.origin, s.moves, s.panel, depth, steps, o.flush_width)
+            source, fresh = s.packed, False
 
 
 @_jit
@@ -87,7 +86,7 @@ def _begin(row: int, p: BlockProblem, s: BlockScratch, o: BlockOptions) -> int:
     s.alive[:] = 0
     s.weight[:] = 0
     s.column[:] = -1
-    for place in range((blocks + LANES - 1) // LANES * LANES):
+    for place in range(room(blocks)):
         s.block[place] = place if place < blocks else -1
         s.penalty[place] = o.zero if place < blocks else o.big
     for column in range(columns):
@@ -108,12 +107,12 @@ def _load_panel(source: Array, places: int, fresh: bool, s: BlockScratch, o: Blo
             for j in range(i + 1):
                 k = entry(team, i, j, o.size)
                 for lane in range(LANES):
-                    right, left = slot(team * LANES + lane, i, o.size), slot(team * LANES + lane, j, o.size)
+                    right, left = i * room(places) + team * LANES + lane, j * room(places) + team * LANES + lane
                     value = source[at(left, right)] if s.alive[left] > 0 and s.alive[right] > 0 else o.zero
                     s.diagonal[k + lane] = o.one if i == j and not s.alive[right] > 0 else value
         if fresh:
-            start_pivots(team, s, o)
-        score(team, s, o)
+            start_pivots(team, places, s, o)
+        score(team, places, s, o)
 
 
 @_jit_inline
@@ -138,25 +137,25 @@ def _panel(
     depth, teams = 0, (places + LANES - 1) // LANES
     while taken < forced and depth < steps:
         pivot = p.position[s.zeros[taken]]
-        if not _eliminate(source, pivot, teams, depth, steps, s, o) >= 0:
+        if not _eliminate(source, pivot, places, depth, steps, s, o) >= 0:
             return BROKEN if fresh and depth == 0 else WORN, done, taken, depth
         taken, depth = taken + 1, depth + 1
         if taken == forced or depth == steps:
             for team in range(teams):
-                score(team, s, o)
+                score(team, places, s, o)
     if taken < forced:
         return CONTINUE, done, taken, depth
     while depth + o.size <= steps:
         place = choose(teams, s, o)
-        if place < 0 or not weakest(place, s, o) > 0:
+        if place < 0 or not weakest(place, places, s, o) > 0:
             return BROKEN if fresh and depth == 0 else WORN, done, taken, depth
-        if o.one > o.worn * weakest(place, s, o) and not (fresh and depth == 0):
+        if o.one > o.worn * weakest(place, places, s, o) and not (fresh and depth == 0):
             return WORN, done, taken, depth
         loss = o.zero
         for i in range(o.size):
-            pivot = slot(place, i, o.size)
+            pivot = i * room(places) + place
             if s.alive[pivot] > 0:
-                loss += _eliminate(source, pivot, teams, depth, steps, s, o)
+                loss += _eliminate(source, pivot, places, depth, steps, s, o)
                 depth += 1
         out.order[row, done], out.losses[row, done] = s.block[place], loss
         s.gone[s.block[place]], s.penalty[place] = True, o.big
@@ -164,25 +163,28 @@ def _panel(
         if done == p.members.shape[0]:
             return ENDED, done, taken, depth
         for team in range(teams):
-            score(team, s, o)
+            score(team, places, s, o)
     return CONTINUE, done, taken, depth
 
 
 @_jit_inline
-def _eliminate(source: Array, pivot: int, teams: int, step: int, steps: int, s: BlockScratch, o: BlockOptions) -> float:
+def _eliminate(
+    source: Array, pivot: int, places: int, step: int, steps: int, s: BlockScratch, o: BlockOptions
+) -> float:
     """Take one column out: move weights and diagonal blocks. Returns its loss, or -1 for a pivot that is bad."""
-    team, member, lane = pivot // (LANES * o.size), (pivot // LANES) % o.size, pivot % LANES
+    stride = room(places)
+    member, lane, team = pivot // stride, pivot % LANES, pivot % stride // LANES
     value = s.diagonal[entry(team, member, member, o.size) + lane]
     if not 0 < value < np.inf:
         return -o.one
     inverse_root = o.one / np.sqrt(value)
     z = s.weight[pivot] * inverse_root
-    size = teams * LANES * o.size
+    size = stride * o.size
     gather(source, size, pivot, s.panel, step, steps)
     for chunk in range((size + CHUNK - 1) // CHUNK):
         correct(s.panel, chunk, pivot, step, steps, o.panel_width)
-    for other in range(teams):
-        _advance(other, s.panel, step, steps, s.weight, s.alive, s.diagonal, inverse_root, z, o.size)
+    for other in range(stride // LANES):
+        _advance(other, stride, s.panel, step, steps, s.weight, s.alive, s.diagonal, inverse_root, z, o.size)
     s.weight[pivot], s.alive[pivot], s.fixed[s.column[pivot]] = 0, 0, True
     for k in range(o.size):
         s.diagonal[entry(team, max(member, k), min(member, k), o.size) + lane] = o.one if k == member else o.zero
@@ -192,6 +194,7 @@ def _eliminate(source: Array, pivot: int, teams: int, step: int, steps: int, s: 
 @_jit
 def _advance(
     team: int,
+    stride: int,
     panel: Array,
     step: int,
     steps: int,
@@ -204,41 +207,37 @@ def _advance(
 ) -> None:
     """Scale the pivot column of one team, move its weights, and keep its diagonal blocks current."""
     for i in range(size):
-        start = team * LANES * size + i * LANES
+        start = i * stride + team * LANES
         line = panel_at(start, step, steps)
         times_scaled(inverse_root, panel, line, alive, start)
         less_scaled(z, weight, start, panel, line)
         for j in range(i + 1):
-            other = panel_at(start - (i - j) * LANES, step, steps)
+            other = panel_at(start - (i - j) * stride, step, steps)
             less_product(diagonal, entry(team, i, j, size), panel, line, panel, other)
 
 
 @_jit
-def _compact(places: int, depth: int, steps: int, s: BlockScratch, o: BlockOptions) -> tuple[int, int]:
-    """Move the last blocks into the places of those that left, but for ``G``. Returns places and moves of positions."""
-    left = 0
+def _stay(places: int, s: BlockScratch, o: BlockOptions) -> int:
+    """Close the gaps of blocks that left, but for ``G`` and the panel. Returns how many stay."""
+    left, before = 0, room(places)
     for place in range(places):
-        s.target[place] = -1
+        s.place[left] = place
         left += s.penalty[place] == 0
-    smaller, place = (left + LANES - 1) // LANES * LANES, 0
-    for last in range(places - 1, smaller - 1, -1):
-        if s.penalty[last] == 0:
-            while s.penalty[place] == 0:
-                place += 1
-            s.target[last], s.penalty[place], s.block[place] = place, 0, s.block[last]
-    moves = 0
-    for mover in range((places + LANES - 1) // LANES * LANES * o.size - 1, smaller * o.size - 1, -1):
-        member = (mover // LANES) % o.size
-        last = mover // (LANES * o.size) * LANES + mover % LANES
-        if last < places and s.target[last] >= 0:
-            hole = slot(s.target[last], member, o.size)
-            for step in range(depth):
-                s.panel[panel_at(hole, step, steps)] = s.panel[panel_at(mover, step, steps)]
-            s.weight[hole], s.alive[hole], s.column[hole] = s.weight[mover], s.alive[mover], s.column[mover]
-            s.reference[hole] = s.reference[mover]
-            s.hole[moves], s.mover[moves] = hole, mover
-            moves += 1
-    return min(smaller, places), moves
+    after = room(left)
+    for place in range(left, after):
+        # The padding takes any numbers that are there.
+        s.place[place] = max(s.place[left - 1], place)
+    for member in range(o.size):
+        for place in range(after):
+            here, was = member * after + place, member * before + s.place[place]
+            s.origin[here], s.reference[here] = was, s.reference[was]
+            s.weight[here] = s.weight[was] if place < left else o.zero
+            s.alive[here] = s.alive[was] if place < left else o.zero
+            s.column[here] = s.column[was] if place < left else -1
+    for place in range(after):
+        s.block[place] = s.block[s.place[place]] if place < left else -1
+        s.penalty[place] = o.zero if place < left else o.big
+    return left
 
 
 def _entry(digest: int) -> Callable[[int, int, BlockProblem, BlockResult, BlockScratch, BlockOptions], None]:

@@ -1,8 +1,9 @@
 """What the compiled block sweep of a row works on, and how blocks are laid out (numba).
 
-Blocks come in *teams* of ``LANES``. A team of blocks of ``c`` columns takes ``LANES·c`` positions, member after member:
-the ``i``-th columns of its blocks lie side by side, so that what is done to every block runs over whole vectors.
-Entry ``(i, j)``, ``j <= i``, of the diagonal blocks is stored the same way, team after team.
+Positions go member after member: the first columns of all blocks, then all second ones, each over the *room* of all
+places, so that what is done to every block runs over whole vectors, and blocks that close a gap keep the order of their
+positions. Blocks come in *teams* of ``LANES`` places; entry ``(i, j)``, ``j <= i``, of the diagonal blocks is stored
+team after team.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from lightning_obc.kernels.obs_sweep.jit import STRICT
 from lightning_obc.kernels.obs_sweep.lanes import LANES
-from lightning_obc.kernels.obs_sweep.packed import Array, IntArray
+from lightning_obc.kernels.obs_sweep.packed import Array, IntArray, Moves
 
 _inline = numba.njit(inline="always", **STRICT)
 
@@ -60,9 +61,9 @@ class BlockScratch(NamedTuple):
     unit: Array  # by position, float64
     column: IntArray  # by position, -1 where there is none
     block: IntArray  # the block at a place, -1 where there is none
-    target: IntArray  # by place: where a moving block goes, otherwise -1
-    hole: IntArray  # by move
-    mover: IntArray  # by move
+    place: IntArray  # by place: where a block that stays was
+    origin: IntArray  # by position: where one that stays was
+    moves: Moves
     zeros: IntArray  # columns eliminated without a choice
     fixed: NDArray[np.bool_]  # by column
     gone: NDArray[np.bool_]  # by block
@@ -88,17 +89,12 @@ class BlockOptions(NamedTuple):
 
 
 @_inline
-def slot(place: int, member: int, size: int) -> int:
-    """Position of a block's member."""
-    return (place // LANES) * (LANES * size) + member * LANES + (place % LANES)
+def room(places: int) -> int:
+    """Places rounded up to whole teams."""
+    return (places + LANES - 1) // LANES * LANES
 
 
 @_inline
 def entry(team: int, i: int, j: int, size: int) -> int:
     """Where entry ``(i, j)``, ``j <= i``, of a team's diagonal blocks starts."""
     return (team * (size * (size + 1) // 2) + i * (i + 1) // 2 + j) * LANES
-
-
-def teams(blocks: int) -> int:
-    """Teams of so many blocks."""
-    return -(-blocks // LANES)

@@ -69,22 +69,6 @@ def _lower(typingctx, a, b):  # type: ignore[no-untyped-def]
 lower: Any = intrinsic(_lower)
 
 
-def _fetch(typingctx, array, index):  # type: ignore[no-untyped-def]
-    """``array[index]`` of a flat array, index not negative, that no loop turns into a hardware gather.
-
-    Gathering and scattering single floats of different cache lines takes longer than loading them one by one.
-    """
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.load_atomic(builder.gep(data, [args[1]]), "unordered", array.dtype.bitwidth // 8)
-
-    return array.dtype(array, types.uint64), codegen
-
-
-fetch: Any = intrinsic(_fetch)
-
-
 STRIP = 16
 
 

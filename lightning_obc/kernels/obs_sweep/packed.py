@@ -20,7 +20,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_obc.kernels.obs_sweep.jit import STRICT, STRIP, cached, fetch, make_strip
+from lightning_obc.kernels.obs_sweep.jit import STRICT, STRIP, cached, make_strip
 from lightning_obc.kernels.obs_sweep.lanes import LANES, copy
 from lightning_obc.kernels.obs_sweep.moving_tile import FAR, NEAR, SCATTERED, SOURCES, move_run, moving_tile, permutes
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, FLUSH_VECTORS, VECTOR_BYTES, flush_tile, panel_tile
@@ -99,7 +99,6 @@ def pack(matrix: Array, packed: Array) -> None:
 
 
 _strip_to_line = make_strip(1, WIDTH)
-_strip_to_strip = make_strip(WIDTH, WIDTH)
 
 
 @_jit
@@ -110,16 +109,6 @@ def _column_to_line(packed: Array, source: int, line: Array, target: int, count:
         _strip_to_line(line, target + k, packed, source + k * WIDTH)
     for k in range(whole, count):
         line[np.uint64(target + k)] = packed[np.uint64(source + k * WIDTH)]
-
-
-@_jit
-def _column_to_column(packed: Array, source: int, target: int, count: int) -> None:
-    """``count`` elements down a column block, down another place of the same matrix."""
-    whole = count & -STRIP
-    for k in range(0, whole, STRIP):
-        _strip_to_strip(packed, target + k * WIDTH, packed, source + k * WIDTH)
-    for k in range(whole, count):
-        packed[np.uint64(target + k * WIDTH)] = fetch(packed, np.uint64(source + k * WIDTH))
 
 
 @_jit
@@ -154,19 +143,11 @@ def correct(panel: Array, chunk: int, pivot: int, step: int, steps: int, tile: i
 def flush(source: Array, target: Array, size: int, panel: Array, depth: int, steps: int, tile: int) -> None:
     """``target = source - V Vᵀ`` on the leading ``size`` rows, with the first ``depth`` columns of the panel."""
     for first in range(0, size, WIDTH):
-        _flush_rows(first, source, target, size, panel, depth, steps, tile)
-
-
-@_jit
-def _flush_rows(
-    first: int, source: Array, target: Array, size: int, panel: Array, depth: int, steps: int, tile: int
-) -> None:
-    """The flush of one block of rows."""
-    for column in range(first, size, tile):
-        start, right = at(0, column), panel_at(column, 0, steps)
-        for row in range(first, min(column + tile, first + WIDTH), FLUSH_ROWS):
-            here, left = start + row * WIDTH, panel_at(row, 0, steps)
-            flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
+        for column in range(first, size, tile):
+            start, right = at(0, column), panel_at(column, 0, steps)
+            for row in range(first, min(column + tile, first + WIDTH), FLUSH_ROWS):
+                here, left = start + row * WIDTH, panel_at(row, 0, steps)
+                flush_tile(target, here, WIDTH, source, here, WIDTH, panel, left, CHUNK, panel, right, CHUNK, depth)
 
 
 _moving_tile = moving_tile(WIDTH)
@@ -243,60 +224,6 @@ def move_and_flush(
                     CHUNK,
                     depth,
                 )
-
-
-@_jit
-def refill(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
-    """Rows and columns ``mover[k] >= size``, in descending order, take the places of ``hole[k] < size``."""
-    _refill_rows(packed, size, hole, mover, moves)
-    for first in range(0, size, WIDTH):
-        _refill_columns(first, packed, size, hole, mover, moves)
-
-
-@_jit
-def refill_and_flush(
-    packed: Array,
-    size: int,
-    hole: IntArray,
-    mover: IntArray,
-    moves: int,
-    panel: Array,
-    depth: int,
-    steps: int,
-    tile: int,
-) -> None:
-    """Both in one pass over the matrix: a hole's scattered cache lines are touched when the flush needs them anyway."""
-    _refill_rows(packed, size, hole, mover, moves)
-    for first in range(0, size, WIDTH):
-        _refill_columns(first, packed, size, hole, mover, moves)
-        _flush_rows(first, packed, packed, size, panel, depth, steps, tile)
-
-
-@_jit
-def _refill_rows(packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
-    """The part of every hole to the right of its diagonal. Movers first exchange their rows for those of the holes."""
-    for k in range(moves):
-        column = at(0, mover[k])
-        packed[at(hole[k], hole[k])] = packed[column + mover[k] * WIDTH]
-        for j in range(k, moves):
-            value = packed[column + mover[j] * WIDTH]
-            packed[column + hole[j] * WIDTH] = value
-            packed[at(hole[k], mover[j])] = value
-    for first in range(0, size, WIDTH):
-        end = min(first + WIDTH, size)
-        for k in range(moves):
-            start = max(first, hole[k] + 1)
-            if start < end:
-                _column_to_line(packed, at(start, mover[k]), packed, at(hole[k], start), end - start)
-
-
-@_jit
-def _refill_columns(first: int, packed: Array, size: int, hole: IntArray, mover: IntArray, moves: int) -> None:
-    """The part of every hole above its diagonal, in one block of rows."""
-    end = min(first + WIDTH, size)
-    for k in range(moves):
-        if hole[k] > first:
-            _column_to_column(packed, at(first, mover[k]), at(first, hole[k]), min(end, hole[k]) - first)
 
 
 @_jit
