@@ -35,7 +35,7 @@ def test_plan_of_a_training_run(run, tmp_path, capsys):
     assert "stages.2.conv2" in said
     assert "estimate:" in said
     assert "calibration about" in said
-    assert "left dense: stem.0 (no stage selects it)" in said
+    assert "left dense: 2 layers (no stage selects it): head, stem.0" in said
     assert "1. before epoch 12, counted from 0: Prune" in said
     assert "in 5 steps to epoch 16: 30 %" in said
     assert "90 %" in said.partition("in 5 steps")[2]

@@ -20,7 +20,7 @@ SHORT = {
     "fit": [],
     "compress": ["--output=false"],
     "validate": [],
-    "search": ["--spdy.evaluations=2", "--budgets=[0.1]", "--methods=[uniform,spdy]"],
+    "search": ["--spdy.evaluations=3", "--budgets=[0.1]", "--methods=[uniform,spdy]"],
 }
 
 
