@@ -21,8 +21,8 @@ from lightning_obc.kernels.obs_sweep.block_state import (
 )
 from lightning_obc.kernels.obs_sweep.compiled import NARROW_STEPS, STEPS, shared_options
 from lightning_obc.kernels.obs_sweep.jit import aligned
-from lightning_obc.kernels.obs_sweep.packed import moves, pack, packed_size, padded
-from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS, flush_columns
+from lightning_obc.kernels.obs_sweep.packed import moves, pack_positions, packed_size, padded
+from lightning_obc.kernels.obs_sweep.tile import BLOCK_ROWS, FLUSH_VECTORS, block_columns, flush_columns
 from lightning_obc.kernels.obs_sweep.types import SweepInput, SweepOutput
 from lightning_obc.kernels.threads import run_blocks
 
@@ -47,7 +47,8 @@ def sweep(problem: SweepInput, members: Tensor, memory_budget: int) -> SweepOutp
     broken = filled((groups, rows), 0, torch.bool, device)
     source = _problem(problem, members)
     result = BlockResult(flat_rows(order), flat_rows(losses), count.view(-1).numpy(), broken.view(-1).numpy())
-    options = BlockOptions(size=size, **shared_options(problem.weight))
+    width = block_columns(numpy_type(problem.weight.dtype))
+    options = BlockOptions(size=size, block_width=width, **shared_options(problem.weight))
     positions, total = _places(blocks) * size, groups * rows
     each = packed_size(positions) * (problem.weight.itemsize + 8)
     threads = max(1, min(torch.get_num_threads(), total, memory_budget // max(1, each)))
@@ -76,12 +77,8 @@ def _problem(problem: SweepInput, members: Tensor) -> BlockProblem:
     position = torch.zeros(columns, dtype=torch.int32)
     position[column[real]] = real.nonzero().flatten().to(torch.int32)
     packed = np.empty((len(problem.inverse), packed_size(len(column))), numpy_type(problem.inverse.dtype))
-    spread = np.eye(len(column), dtype=packed.dtype)
-    at = real.nonzero().flatten().numpy()
-    here, there = np.ix_(at, at), np.ix_(column.numpy()[at], column.numpy()[at])
     for g, inverse in enumerate(symmetric(problem.inverse)):
-        spread[here] = inverse[there]
-        pack(spread, packed[g])
+        pack_positions(inverse, column.numpy(), packed[g])
     zeros = np.zeros((0, columns), np.bool_) if problem.keep is None else flat_rows(~problem.keep)
     hessian = symmetric(problem.hessian)
     lines = np.ascontiguousarray(members.numpy(), np.int32)
@@ -119,6 +116,8 @@ def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> Bloc
         block=integers(places),
         place=integers(places),
         origin=integers(),
+        pivots=integers(size),
+        left=floats(BLOCK_ROWS * STEPS),
         moves=moves(length, flush_columns(dtype) // FLUSH_VECTORS),
         zeros=integers(columns),
         fixed=np.zeros(columns, np.bool_),

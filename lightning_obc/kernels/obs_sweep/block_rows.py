@@ -31,6 +31,7 @@ from lightning_obc.kernels.obs_sweep.packed import (
     Array,
     at,
     correct,
+    correct_block,
     gather,
     move_and_flush,
     move_panel,
@@ -137,7 +138,8 @@ def _panel(
     depth, teams = 0, (places + LANES - 1) // LANES
     while taken < forced and depth < steps:
         pivot = p.position[s.zeros[taken]]
-        if not _eliminate(source, pivot, places, depth, steps, s, o) >= 0:
+        gather(source, room(places) * o.size, pivot, s.panel, depth, steps)
+        if not _eliminate(pivot, places, 0, depth, steps, s, o) >= 0:
             return BROKEN if fresh and depth == 0 else WORN, done, taken, depth
         taken, depth = taken + 1, depth + 1
         if taken == forced or depth == steps:
@@ -147,16 +149,13 @@ def _panel(
         return CONTINUE, done, taken, depth
     while depth + o.size <= steps:
         place = choose(teams, s, o)
-        if place < 0 or not weakest(place, places, s, o) > 0:
+        ratio = weakest(place, places, s, o) if place >= 0 else o.zero
+        if not ratio > 0:
             return BROKEN if fresh and depth == 0 else WORN, done, taken, depth
-        if o.one > o.worn * weakest(place, places, s, o) and not (fresh and depth == 0):
+        if o.one > o.worn * ratio and not (fresh and depth == 0):
             return WORN, done, taken, depth
-        loss = o.zero
-        for i in range(o.size):
-            pivot = i * room(places) + place
-            if s.alive[pivot] > 0:
-                loss += _eliminate(source, pivot, places, depth, steps, s, o)
-                depth += 1
+        loss, columns = _eliminate_block(source, place, places, depth, steps, s, o)
+        depth += columns
         out.order[row, done], out.losses[row, done] = s.block[place], loss
         s.gone[s.block[place]], s.penalty[place] = True, o.big
         done += 1
@@ -168,10 +167,29 @@ def _panel(
 
 
 @_jit_inline
-def _eliminate(
-    source: Array, pivot: int, places: int, step: int, steps: int, s: BlockScratch, o: BlockOptions
-) -> float:
-    """Take one column out: move weights and diagonal blocks. Returns its loss, or -1 for a pivot that is bad."""
+def _eliminate_block(
+    source: Array, place: int, places: int, depth: int, steps: int, s: BlockScratch, o: BlockOptions
+) -> tuple[float, int]:
+    """Take a block out, its columns corrected together by what the panel holds. Returns its loss and its columns."""
+    size, count, loss = room(places) * o.size, 0, o.zero
+    for i in range(o.size):
+        pivot = i * room(places) + place
+        if s.alive[pivot] > 0:
+            gather(source, size, pivot, s.panel, depth + count, steps)
+            s.pivots[count] = pivot
+            count += 1
+    correct_block(s.panel, size, s.pivots, count, s.left, depth, steps, o.panel_width, o.block_width)
+    for i in range(count):
+        loss += _eliminate(s.pivots[i], places, depth, depth + i, steps, s, o)
+    return loss, count
+
+
+@_jit_inline
+def _eliminate(pivot: int, places: int, first: int, step: int, steps: int, s: BlockScratch, o: BlockOptions) -> float:
+    """Take one column out, gathered at ``step`` and corrected by the panel's columns before ``first``.
+
+    Moves weights and diagonal blocks. Returns its loss, or -1 for a pivot that is bad.
+    """
     stride = room(places)
     member, lane, team = pivot // stride, pivot % LANES, pivot % stride // LANES
     value = s.diagonal[entry(team, member, member, o.size) + lane]
@@ -179,10 +197,8 @@ def _eliminate(
         return -o.one
     inverse_root = o.one / np.sqrt(value)
     z = s.weight[pivot] * inverse_root
-    size = stride * o.size
-    gather(source, size, pivot, s.panel, step, steps)
-    for chunk in range((size + CHUNK - 1) // CHUNK):
-        correct(s.panel, chunk, pivot, step, steps, o.panel_width)
+    for chunk in range((stride * o.size + CHUNK - 1) // CHUNK):
+        correct(s.panel, chunk, pivot, first, step, steps, o.panel_width)
     for other in range(stride // LANES):
         _advance(other, stride, s.panel, step, steps, s.weight, s.alive, s.diagonal, inverse_root, z, o.size)
     s.weight[pivot], s.alive[pivot], s.fixed[s.column[pivot]] = 0, 0, True

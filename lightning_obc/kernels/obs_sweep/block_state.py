@@ -62,6 +62,8 @@ class BlockScratch(NamedTuple):
     column: IntArray  # by position, -1 where there is none
     block: IntArray  # the block at a place, -1 where there is none
     place: IntArray  # by place: where a block that stays was
+    pivots: IntArray  # positions of a block's columns
+    left: Array  # the panel at these positions
     origin: IntArray  # by position: where one that stays was
     moves: Moves
     zeros: IntArray  # columns eliminated without a choice
@@ -84,6 +86,7 @@ class BlockOptions(NamedTuple):
     narrow: int
     flush_width: int
     panel_width: int
+    block_width: int  # columns of a tile of a block's pivot columns
     flush_width64: int
     panel_width64: int
 

@@ -23,7 +23,15 @@ from numpy.typing import NDArray
 from lightning_obc.kernels.obs_sweep.jit import STRICT, STRIP, cached, make_strip
 from lightning_obc.kernels.obs_sweep.lanes import LANES, copy
 from lightning_obc.kernels.obs_sweep.moving_tile import FAR, NEAR, SCATTERED, SOURCES, move_run, moving_tile, permutes
-from lightning_obc.kernels.obs_sweep.tile import FLUSH_ROWS, FLUSH_VECTORS, VECTOR_BYTES, flush_tile, panel_tile
+from lightning_obc.kernels.obs_sweep.tile import (
+    BLOCK_ROWS,
+    FLUSH_ROWS,
+    FLUSH_VECTORS,
+    VECTOR_BYTES,
+    block_tile,
+    flush_tile,
+    panel_tile,
+)
 
 Array = NDArray[np.floating]
 IntArray = NDArray[np.int32]
@@ -84,6 +92,21 @@ def panel_at(position: int, step: int, steps: int) -> int:
 
 
 @cached
+def pack_positions(matrix: Array, column: NDArray[np.int64], packed: Array) -> None:
+    """Pack ``[d, d]`` by position: ``column`` of every position, the identity where there is none (-1)."""
+    size = len(column)
+    for first in range(0, size, WIDTH):
+        for row in range(min(first + WIDTH, size)):
+            start, here = np.uint64(at(row, first)), column[row]
+            for k in range(min(WIDTH, size - first)):
+                there = column[first + k]
+                if here >= 0 and there >= 0:
+                    packed[start + np.uint64(k)] = matrix[here, there]
+                else:
+                    packed[start + np.uint64(k)] = row == first + k
+
+
+@cached
 def pack(matrix: Array, packed: Array) -> None:
     """Copy the upper triangle of ``[d, d]`` into its packed form; the padding becomes 0."""
     size = matrix.shape[0]
@@ -130,13 +153,43 @@ def gather(packed: Array, size: int, pivot: int, panel: Array, step: int, steps:
 
 
 @_inline
-def correct(panel: Array, chunk: int, pivot: int, step: int, steps: int, tile: int) -> None:
-    """Subtract what the panel's earlier columns hold of the column at ``step``, in one chunk."""
-    if step > 0:
-        own, left = panel_at(chunk * CHUNK, step, steps), panel_at(pivot, 0, steps)
-        first = panel_at(chunk * CHUNK, 0, steps)
+def correct(panel: Array, chunk: int, pivot: int, first: int, step: int, steps: int, tile: int) -> None:
+    """Subtract what the panel's columns ``first …`` before ``step`` hold of the column there, in one chunk."""
+    if step > first:
+        own, left = panel_at(chunk * CHUNK, step, steps), panel_at(pivot, first, steps)
+        right, depth = panel_at(chunk * CHUNK, first, steps), step - first
         for k in range(0, CHUNK, tile):
-            panel_tile(panel, own + k, 0, panel, own + k, 0, panel, left, CHUNK, panel, first + k, CHUNK, step)
+            panel_tile(panel, own + k, 0, panel, own + k, 0, panel, left, CHUNK, panel, right + k, CHUNK, depth)
+
+
+@_jit
+def correct_block(
+    panel: Array, size: int, pivots: IntArray, count: int, left: Array, step: int, steps: int, width: int, tile: int
+) -> None:
+    """:func:`correct` of ``count`` columns at ``step …`` by all that are before ``step``, which are read once for all.
+
+    Args:
+        pivots: The columns' positions.
+        left: Memory for ``BLOCK_ROWS · step`` numbers.
+        width: Columns of a panel tile.
+        tile: Columns of a block tile.
+    """
+    if step == 0:
+        return
+    whole = count // BLOCK_ROWS * BLOCK_ROWS
+    for first in range(0, whole, BLOCK_ROWS):
+        for k in range(step):
+            for i in range(BLOCK_ROWS):
+                left[k * BLOCK_ROWS + i] = panel[panel_at(pivots[first + i], k, steps)]
+        for column in range(0, size, tile):
+            own, right = panel_at(column, step + first, steps), panel_at(column, 0, steps)
+            block_tile(panel, own, CHUNK, panel, own, CHUNK, left, 0, BLOCK_ROWS, panel, right, CHUNK, step)
+    for i in range(whole, count):
+        for chunk in range((size + CHUNK - 1) // CHUNK):
+            own, here = panel_at(chunk * CHUNK, step + i, steps), panel_at(pivots[i], 0, steps)
+            right = panel_at(chunk * CHUNK, 0, steps)
+            for k in range(0, CHUNK, width):
+                panel_tile(panel, own + k, 0, panel, own + k, 0, panel, here, CHUNK, panel, right + k, CHUNK, step)
 
 
 @_jit
@@ -243,7 +296,7 @@ def invert_(packed: Array, size: int, panel: Array, steps: int, flush_width: int
             pivot = first + step
             gather(packed, size, pivot, panel, step, steps)
             for chunk in range((size + CHUNK - 1) // CHUNK):
-                correct(panel, chunk, pivot, step, steps, panel_width)
+                correct(panel, chunk, pivot, 0, step, steps, panel_width)
             here = panel_at(pivot, step, steps)
             if not panel[here] > 0:
                 return 1 + pivot

@@ -42,6 +42,9 @@ VECTOR_BYTES = _vector_bytes()
 FLUSH_ROWS = 4 if VECTOR_BYTES == 32 else 8
 FLUSH_VECTORS = 2
 PANEL_VECTORS = 8
+# The pivot columns of a block are corrected so many at a time; 16 registers hold 4×2 accumulators.
+BLOCK_ROWS = 4
+BLOCK_VECTORS = 4 if VECTOR_BYTES == 64 else 2
 
 
 def flush_columns(dtype: np.dtype[Any]) -> int:
@@ -52,6 +55,11 @@ def flush_columns(dtype: np.dtype[Any]) -> int:
 def panel_columns(dtype: np.dtype[Any]) -> int:
     """Columns of one panel tile, which has a single row."""
     return PANEL_VECTORS * VECTOR_BYTES // dtype.itemsize
+
+
+def block_columns(dtype: np.dtype[Any]) -> int:
+    """Columns of one tile of a block's pivot columns."""
+    return BLOCK_VECTORS * VECTOR_BYTES // dtype.itemsize
 
 
 def _make_tile(rows: int, vectors: int) -> Callable[..., None]:
@@ -190,4 +198,5 @@ def fma(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Valu
 
 flush_tile = _make_tile(FLUSH_ROWS, FLUSH_VECTORS)
 panel_tile = _make_tile(1, PANEL_VECTORS)
+block_tile = _make_tile(BLOCK_ROWS, BLOCK_VECTORS)
 line_tile = _make_tile(1, FLUSH_VECTORS)
