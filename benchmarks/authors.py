@@ -279,7 +279,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     for option, (_, _, address) in NEEDED.items():
         parser.add_argument(f"--{option}", type=Path, metavar="DIR", help=f"your checkout of {address}")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=["random"])
-    parser.add_argument("--tasks", nargs="+", choices=CASES, metavar="TASK", help=", ".join(CASES))
+    parser.add_argument("--tasks", nargs="+", choices=CASES, metavar="TASK", help=", ".join(CASES).replace("%", "%%"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--repeats", type=int, default=3)

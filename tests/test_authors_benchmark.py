@@ -178,3 +178,10 @@ def test_what_is_no_checkout_is_named(authors: ModuleType, tmp_path: Path) -> No
         authors.main(["--checkout", str(tmp_path)])
     with pytest.raises(SystemExit):
         authors.main([])
+
+
+def test_help_is_printed(authors: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        authors.parse(["--help"])
+    assert stop.value.code == 0
+    assert "blocks of 4, 50" in capsys.readouterr().out
