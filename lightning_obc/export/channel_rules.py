@@ -1,174 +1,27 @@
-"""How operations hand channels on, by the functional operators that :mod:`torch.export` records.
-
-An operation without a rule pins the channels of everything that it sees.
-"""
+"""How operations that compute hand channels on, by the functional operators that :mod:`torch.export` records."""
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable
-from typing import Any, Union
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 
-from lightning_obc.export.channels import Channels, Group, Ids, Labels, Reader, Written, inside, owner_of, shape_of
+from lightning_obc.export.channel_tracker import Found, Tracker, argument, name_of, rule, speaking
+from lightning_obc.export.channels import Channels, Group, Ids, Reader, shape_of
 from lightning_obc.export.graph import Graph
+from lightning_obc.export.view_rules import shift
 
-Found = Union[Labels, list[Labels]]
 
-
-class Tracker:
-    """Runs over a graph once and labels every tensor of it.
+def track(graph: Graph, tensors: dict[str, Tensor]) -> Channels:
+    """The channels of a traced model, by all rules that there are.
 
     Args:
         graph: The traced model.
         tensors: Parameters and buffers of the model by name; tied ones are one object.
     """
-
-    def __init__(self, graph: Graph, tensors: dict[str, Tensor]) -> None:
-        self.channels = Channels()
-        self.tensors = tensors
-        self._found: dict[Node, Found] = {}
-        self._why: dict[Node, str] = {}
-        for node in graph.module.graph.nodes:
-            if node.op == "get_attr" and "val" not in node.meta:
-                node.meta["val"] = getattr_or_none(graph.module, str(node.target))
-            self._visit(node)
-
-    def _visit(self, node: Node) -> None:
-        inputs = node.all_input_nodes
-        self._why[node] = next((self._why[one] for one in inputs if not self.is_state(one)), "its input is a constant")
-        if node.op == "placeholder":
-            self._why[node] = "its input comes from outside"
-        elif node.op == "output":
-            self.pin(inputs, "the model returns them")
-        elif node.op == "call_function":
-            # Its heads fill the width of its input, whatever they are needed for.
-            rule = _fixed if inside(node, nn.MultiheadAttention) else rule_for(node)
-            found = None if rule is None else rule(self, node)
-            if found is None:
-                self.pin(inputs, f"{_speaking(node)} sees all of them")
-            if found is None or any(self.labels(one) for one in inputs if not self.is_state(one)):
-                self._why[node] = f"its input comes through {_speaking(node)}"
-            self._found[node] = () if found is None else found
-
-    def state(self, node: Any) -> Tensor | None:
-        """The parameter or buffer that a node reads, or None."""
-        return self.tensors.get(str(node.target)) if isinstance(node, Node) and node.op == "get_attr" else None
-
-    def is_state(self, node: Any) -> bool:
-        return self.state(node) is not None
-
-    def labels(self, node: Any) -> Labels:
-        """Groups of one tensor; those of parameters and buffers run along every dimension."""
-        if not isinstance(node, Node):
-            return ()
-        if (tensor := self.state(node)) is not None:
-            return tuple(Group((dim,), ids) for dim, ids in enumerate(self.channels.of(tensor)) if len(ids) > 1)
-        found = self._found.get(node, ())
-        return found if isinstance(found, tuple) else ()
-
-    def several(self, node: Node) -> list[Labels]:
-        found = self._found.get(node, ())
-        return found if isinstance(found, list) else []
-
-    def pin(self, nodes: Iterable[Any], reason: str) -> None:
-        for node in nodes:
-            self.channels.pin_labels(self.labels(node), reason)
-            for labels in self.several(node) if isinstance(node, Node) else []:
-                self.channels.pin_labels(labels, reason)
-
-    def why(self, node: Any) -> str:
-        return self._why.get(node, "its input is a constant")
-
-    def pin_kernel(self, weight: Tensor, first: int) -> None:
-        """Dimensions of a weight behind its channels are no channels."""
-        for ids in self.channels.of(weight)[first:]:
-            self.channels.pin(ids, "kernel positions stay")
-
-    def along(self, node: Any, dim: int) -> tuple[Ids | None, Labels]:
-        """The channels along one dimension, and the other groups; a group of several dimensions is pinned."""
-        groups = self.labels(node)
-        mine = [group for group in groups if dim in group.dims]
-        rest = tuple(group for group in groups if dim not in group.dims)
-        if mine and mine[0].dims != (dim,):
-            self.channels.pin_labels(tuple(mine), f"{_speaking(node)} has them in several dimensions")
-            mine = []
-        return (mine[0].ids if mine else None), rest
-
-
-def getattr_or_none(module: nn.Module, name: str) -> Any:
-    try:
-        return operator.attrgetter(name)(module)
-    except AttributeError:
-        return None
-
-
-Rule = Callable[[Tracker, Node], Union[Found, None]]
-_RULES: dict[str, Rule] = {}
-
-
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return add
-
-
-# Element by element, although PyTorch does not tag them so.
-_UNTAGGED = ("hardswish", "hardsigmoid", "hardtanh", "relu6", "softplus", "selu", "celu", "log_sigmoid", "softshrink")
-
-
-def rule_for(node: Node) -> Rule | None:
-    if node.target is operator.getitem:
-        return _getitem
-    name = _name(node)
-    if name in _RULES:
-        return _RULES[name]
-    tagged = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    return _pointwise if tagged or name in _UNTAGGED else None
-
-
-def _name(node: Node) -> str:
-    """Name of the operator without overload; in-place ones are called like the others."""
-    return (
-        str(getattr(getattr(node.target, "overloadpacket", None), "_qualified_op_name", node.target))
-        .removeprefix("aten::")
-        .rstrip("_")
-    )
-
-
-def _speaking(node: Any) -> str:
-    if not isinstance(node, Node):
-        return str(node)
-    name = _name(node) if node.op == "call_function" else node.name
-    owner = owner_of(node)
-    return f"{name} in {owner}" if owner else name
-
-
-def argument(node: Node, name: str) -> Any:
-    """An argument by the name in the operator's schema."""
-    schema = getattr(node.target, "_schema")  # noqa: B009 (operators are typed as any callable)
-    for index, entry in enumerate(schema.arguments):
-        if entry.name == name:
-            return node.args[index] if index < len(node.args) else node.kwargs.get(name, entry.default_value)
-    return None
-
-
-def _fixed(to: Tracker, node: Node) -> Found | None:
-    """Nothing is cut, but layers say so."""
-    if _name(node) == "linear" and (weight := to.state(node.args[1])) is not None:
-        rows, columns = to.channels.of(weight)
-        for ids in (rows, columns):
-            to.channels.pin(ids, "nn.MultiheadAttention keeps its width")
-        name = str(node.args[1].target).rpartition(".")[0]  # type: ignore[union-attr]
-        to.channels.readers.append(Reader(name, weight, rows, columns, columns, 0, 1))
-    return None
+    return Tracker(graph, tensors).channels
 
 
 @rule("linear")
@@ -185,7 +38,7 @@ def _convolution(to: Tracker, node: Node) -> Found | None:
     if any(dim > axis for group in to.labels(x) for dim in group.dims):
         return None
     if groups == 1:
-        transposed = "transpose" in _name(node)
+        transposed = "transpose" in name_of(node)
         return _multiply(to, node, axis, int(transposed), int(not transposed))
     if not groups == weight.shape[0] == shape_of(x)[axis] == shape_of(node)[axis]:
         return None
@@ -255,11 +108,12 @@ def _same(to: Tracker, node: Node) -> Found | None:
     return to.labels(node.args[0])
 
 
+@rule("pointwise")
 def _pointwise(to: Tracker, node: Node) -> Found | None:
     """Entry by entry, with broadcasting: channels that meet become one."""
     rank = len(shape_of(node))
     operands = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), torch.Tensor)]
-    shifted = [_shift(to.labels(one), rank - len(shape_of(one))) for one in operands]
+    shifted = [shift(to.labels(one), rank - len(shape_of(one))) for one in operands]
     shapes = [(1,) * (rank - len(shape_of(one))) + shape_of(one) for one in operands]
     result: list[Group] = []
     refused: list[Group] = []
@@ -273,189 +127,8 @@ def _pointwise(to: Tracker, node: Node) -> Found | None:
         else:
             # A tensor of this size without channels, or with others, sees each index.
             refused += [g for labels in shifted for g in labels if g.dims == group.dims]
-    to.channels.pin_labels(tuple(refused), f"{_speaking(node)} joins them with a tensor that has none")
+    to.channels.pin_labels(tuple(refused), f"{speaking(node)} joins them with a tensor that has none")
     return tuple(result)
-
-
-def _shift(labels: Labels, by: int) -> Labels:
-    return tuple(Group(tuple(dim + by for dim in group.dims), group.ids) for group in labels)
-
-
-@rule("permute", "transpose", "t")
-def _permute(to: Tracker, node: Node) -> Found | None:
-    rank = len(shape_of(node))
-    order: Any = list(range(rank))
-    if _name(node) == "permute":
-        order = [dim % rank for dim in argument(node, "dims")]
-    elif rank > 1:
-        a, b = (0, 1) if _name(node) == "t" else (argument(node, "dim0") % rank, argument(node, "dim1") % rank)
-        order[a], order[b] = b, a
-    return tuple(_ascending(tuple(order.index(dim) for dim in g.dims), g.ids) for g in to.labels(node.args[0]))
-
-
-def _ascending(dims: tuple[int, ...], ids: Ids) -> Group:
-    order = sorted(range(len(dims)), key=lambda axis: dims[axis])
-    return Group(tuple(dims[axis] for axis in order), np.transpose(ids, order))
-
-
-@rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
-def _reshape(to: Tracker, node: Node) -> Found | None:
-    x: Any = node.args[0]
-    labels = to.labels(x)
-    result: list[Group] = []
-    for group in labels:
-        moved = _through_view(group, shape_of(x), shape_of(node))
-        if moved is None:
-            to.channels.pin(group.ids, f"{_speaking(node)} cuts through them")
-            continue
-        if len(moved.dims) > 1:
-            to.channels.boxes.append(moved.ids)
-        result.append(moved)
-    if _name(node) not in ("flatten", "squeeze", "unsqueeze") and result:
-        to.channels.written.append(Written(node, owner_of(node), tuple(result)))
-    return tuple(result)
-
-
-def _through_view(group: Group, old: tuple[int, ...], new: tuple[int, ...]) -> Group | None:
-    """A group after a view, or None when its dimensions are torn apart from each other."""
-    for start, stop, new_start, new_stop in _blocks(old, new):
-        if not set(group.dims) <= set(range(start, stop)):
-            if set(group.dims) & set(range(start, stop)):
-                return None
-            continue
-        shape = [old[dim] if dim in group.dims else 1 for dim in range(start, stop)]
-        spread = np.broadcast_to(group.ids.reshape(shape), old[start:stop]).reshape(new[new_start:new_stop])
-        dims = [dim for dim in range(new_start, new_stop) if new[dim] > 1]
-        # Dimensions along which the channels do not change carry none.
-        moving = [d for d in dims if bool((spread != spread.take([0], axis=d - new_start)).any())]
-        picked = spread[tuple(slice(None) if dim in moving else 0 for dim in range(new_start, new_stop))]
-        return Group(tuple(moving), picked) if moving else None
-    return None
-
-
-def _blocks(old: tuple[int, ...], new: tuple[int, ...]) -> Iterable[tuple[int, int, int, int]]:
-    """Runs of dimensions of two shapes that hold the same entries: start and stop in both."""
-    i = j = 0
-    while i < len(old) or j < len(new):
-        start, new_start = i, j
-        i, j = min(i + 1, len(old)), min(j + 1, len(new))
-        while (left := math.prod(old[start:i])) != (right := math.prod(new[new_start:j])):
-            if (left < right and i < len(old)) or j == len(new):
-                i += 1
-            else:
-                j += 1
-        yield start, i, new_start, j
-
-
-@rule("expand", "expand_as")
-def _expand(to: Tracker, node: Node) -> Found | None:
-    x: Any = node.args[0]
-    labels = _shift(to.labels(x), len(shape_of(node)) - len(shape_of(x)))
-    if any(shape_of(node)[dim] != size for g in labels for dim, size in zip(g.dims, g.ids.shape, strict=True)):
-        return None
-    if labels:
-        to.channels.written.append(Written(node, owner_of(node), labels))
-    return labels
-
-
-@rule("cat", "concat")
-def _cat(to: Tracker, node: Node) -> Found | None:
-    parts: Any = node.args[0]
-    dim = int(argument(node, "dim")) % len(shape_of(node))
-    alike: dict[tuple[int, ...], list[Ids]] = {}
-    pieces: list[Ids] = []
-    for part in parts:
-        ids, rest = to.along(part, dim)
-        if ids is None:
-            ids = to.channels.new(shape_of(part)[dim])
-            to.channels.pin(ids, to.why(part))
-        pieces.append(ids)
-        for group in rest:
-            alike.setdefault(group.dims, []).append(group.ids)
-    result = [Group((dim,), np.concatenate(pieces))]
-    for dims, found in alike.items():
-        if len(found) == len(parts) and all(ids.shape == found[0].shape for ids in found):
-            for ids in found[1:]:
-                to.channels.unite(found[0], ids)
-            result.append(Group(dims, found[0]))
-        else:
-            to.channels.pin_labels(tuple(Group(dims, ids) for ids in found), f"{_speaking(node)} joins them to others")
-    return tuple(result)
-
-
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind")
-def _split(to: Tracker, node: Node) -> Found | None:
-    values: Any = node.meta["val"]
-    x: Any = node.args[0]
-    dim = int(argument(node, "dim")) % len(shape_of(x))
-    found, start = [], 0
-    single = _name(node) == "unbind"
-    for value in values:
-        length = 1 if single else int(value.shape[dim])
-        found.append(_taken(to, node, dim, range(start, start + length), drop=single))
-        start += length
-    return found
-
-
-@rule("select")
-def _select(to: Tracker, node: Node) -> Found | None:
-    x: Any = node.args[0]
-    dim, index = int(argument(node, "dim")) % len(shape_of(x)), argument(node, "index")
-    if not isinstance(index, int):
-        return None
-    index %= shape_of(x)[dim]
-    return _taken(to, node, dim, range(index, index + 1), drop=True)
-
-
-@rule("slice")
-def _slice(to: Tracker, node: Node) -> Found | None:
-    x: Any = node.args[0]
-    dim = int(argument(node, "dim")) % len(shape_of(x))
-    start, end, step = argument(node, "start"), argument(node, "end"), argument(node, "step")
-    if not all(isinstance(bound, (int, type(None))) for bound in (start, end, step)):
-        return None
-    return _taken(to, node, dim, range(shape_of(x)[dim])[slice(start, end, step)], drop=False)
-
-
-@rule("glu")
-def _glu(to: Tracker, node: Node) -> Found | None:
-    x: Any = node.args[0]
-    dim = int(argument(node, "dim")) % len(shape_of(x))
-    half = shape_of(x)[dim] // 2
-    first = _taken(to, node, dim, range(half), drop=False)
-    second = _taken(to, node, dim, range(half, 2 * half), drop=False)
-    for one, other in zip(first, second, strict=True):
-        to.channels.unite(one.ids, other.ids)
-    return first
-
-
-def _taken(to: Tracker, node: Node, dim: int, which: range, drop: bool) -> Labels:
-    """Groups of some indices along a dimension, which goes when there is but one and ``drop`` is set."""
-    result: list[Group] = []
-    for group in to.labels(node.args[0]):
-        dims, ids = group.dims, group.ids
-        if dim in dims:
-            axis = dims.index(dim)
-            if len(dims) == 1 and drop:
-                to.channels.pin(ids, f"{_speaking(node)} picks one of them")
-                continue
-            ids = ids.take(list(which), axis=axis)
-            if drop:
-                ids, dims = ids.squeeze(axis), tuple(one for one in dims if one != dim)
-        if drop:
-            dims = tuple(one - (one > dim) for one in dims)
-        result.append(Group(dims, ids))
-        if dim in group.dims:
-            to.channels.written.append(Written(node, owner_of(node), (result[-1],)))
-            if len(dims) > 1:
-                to.channels.boxes.append(ids)
-    return tuple(result)
-
-
-def _getitem(to: Tracker, node: Node) -> Found | None:
-    source, index = node.args
-    several = to.several(source)  # type: ignore[arg-type]
-    return several[index] if several and isinstance(index, int) else None
 
 
 @rule("mean", "sum", "amax", "amin", "softmax", "log_softmax", "_softmax")
@@ -466,7 +139,7 @@ def _reduce(to: Tracker, node: Node) -> Found | None:
     dims = range(rank) if given in (None, []) else [given] if isinstance(given, int) else given
     over = {int(dim) % rank for dim in dims}
     lost = tuple(group for group in to.labels(x) if over & set(group.dims))
-    to.channels.pin_labels(lost, f"{_speaking(node)} runs over them")
+    to.channels.pin_labels(lost, f"{speaking(node)} runs over them")
     kept = [group for group in to.labels(x) if not over & set(group.dims)]
     gone = over if len(shape_of(node)) < rank else set()
     return tuple(Group(tuple(dim - sum(o < dim for o in gone) for dim in g.dims), g.ids) for g in kept)
@@ -477,7 +150,7 @@ def _layer_norm(to: Tracker, node: Node) -> Found | None:
     x: Any = node.args[0]
     first = len(shape_of(x)) - len(argument(node, "normalized_shape"))
     lost = tuple(group for group in to.labels(x) if max(group.dims) >= first)
-    to.channels.pin_labels(lost, f"{_speaking(node)} runs over them")
+    to.channels.pin_labels(lost, f"{speaking(node)} runs over them")
     to.pin([argument(node, "weight"), argument(node, "bias")], "its width is that of its input")
     return tuple(group for group in to.labels(x) if max(group.dims) < first)
 
@@ -487,7 +160,7 @@ _SPATIAL = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
 
 @rule(*(f"{name}{dims}d" for name in _SPATIAL for dims in (1, 2, 3)))
 def _pool(to: Tracker, node: Node) -> Found | None:
-    spatial = int(_name(node)[-2])
+    spatial = int(name_of(node)[-2])
     return _trailing(to, node, spatial) if isinstance(node.meta.get("val"), torch.Tensor) else None
 
 
@@ -530,7 +203,7 @@ def _attention(to: Tracker, node: Node) -> Found | None:
 def _meets_heads(to: Tracker, mask: Node, rank: int, heads: Ids) -> bool:
     """True for a mask that is the same for all heads, or that has the channels of the heads."""
     missing = rank - len(shape_of(mask))
-    labels = _shift(to.labels(mask), missing)
+    labels = shift(to.labels(mask), missing)
     if not labels:
         return rank - 3 < missing or shape_of(mask)[rank - 3 - missing] == 1
     if len(labels) != 1 or labels[0].dims != (rank - 3,):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_obc.activations import unquantized
 from lightning_obc.errors import ExportError
-from lightning_obc.export.channel_rules import Tracker
+from lightning_obc.export.channel_rules import track
 from lightning_obc.export.channels import Channels, Flags, Ids, Reader, Runs, Survival, Written, surviving
 from lightning_obc.export.graph import Sample, arguments_of, evaluation, trace
 from lightning_obc.export.resizing import Slices, carried, carry_inputs_, group_numbers, set_sizes_, slice_
@@ -80,7 +80,7 @@ def shrink(model: nn.Module, sample: Sample, solutions: Solutions | None = None)
     with unquantized(model):
         graph = trace(model, sample, dynamic_batch=False, decompose=False)
     tensors = dict((*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)))
-    channels = Tracker(graph, tensors).channels
+    channels = track(graph, tensors)
     cutter = _Cutter(model, sample, channels, list(_runs(model, channels, state)))
     survival, small, sizes = cutter.cut()
     slices = cutter.slices(survival)

@@ -494,9 +494,9 @@ def test_what_cannot_be_followed_is_refused_by_name() -> None:
 
 def test_a_copy_that_computes_something_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison at the end, with a mistake put in: a softmax that is taken for an activation."""
-    from lightning_obc.export import channel_rules
+    from lightning_obc.export import channel_rules, channel_tracker
 
-    monkeypatch.setitem(channel_rules._RULES, "softmax", channel_rules._same)
+    monkeypatch.setitem(channel_tracker.RULES, "softmax", channel_rules._same)
     model = Softmaxed()
     unread_(model, "b", [1])
     with pytest.raises(ExportError, match="computes something else"):
