@@ -198,7 +198,7 @@ def _eliminate(pivot: int, places: int, first: int, step: int, steps: int, s: Bl
     inverse_root = o.one / np.sqrt(value)
     z = s.weight[pivot] * inverse_root
     for chunk in range((stride * o.size + CHUNK - 1) // CHUNK):
-        correct(s.panel, chunk, pivot, first, step, steps, o.panel_width)
+        correct(s.panel, chunk, pivot, first, step, step, steps, o.panel_width)
     for other in range(stride // LANES):
         _advance(other, stride, s.panel, step, steps, s.weight, s.alive, s.diagonal, inverse_root, z, o.size)
     s.weight[pivot], s.alive[pivot], s.fixed[s.column[pivot]] = 0, 0, True

@@ -8,8 +8,9 @@ chunks of ``CHUNK`` positions, ``[chunk][step][CHUNK]``, the shape in which the 
 Offsets in inner loops are unsigned: numba lets a signed index count from the end, which keeps loops from being
 vectorised.
 
-Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's earlier columns; at the panel's end
-:func:`flush`, ``G -= V Vᵀ``.
+Steps of a panel: :func:`gather` a column, :func:`correct` it by the panel's earlier columns. At the panel's end
+:func:`flush`, ``G -= V Vᵀ``; where positions leave, :func:`plan_moves`, :func:`move_panel` and :func:`move_and_flush`
+instead.
 """
 
 from __future__ import annotations
@@ -153,11 +154,11 @@ def gather(packed: Array, size: int, pivot: int, panel: Array, step: int, steps:
 
 
 @_inline
-def correct(panel: Array, chunk: int, pivot: int, first: int, step: int, steps: int, tile: int) -> None:
-    """Subtract what the panel's columns ``first …`` before ``step`` hold of the column there, in one chunk."""
-    if step > first:
+def correct(panel: Array, chunk: int, pivot: int, first: int, last: int, step: int, steps: int, tile: int) -> None:
+    """Subtract what the panel's columns ``first …`` before ``last`` hold of the column at ``step``, in one chunk."""
+    if last > first:
         own, left = panel_at(chunk * CHUNK, step, steps), panel_at(pivot, first, steps)
-        right, depth = panel_at(chunk * CHUNK, first, steps), step - first
+        right, depth = panel_at(chunk * CHUNK, first, steps), last - first
         for k in range(0, CHUNK, tile):
             panel_tile(panel, own + k, 0, panel, own + k, 0, panel, left, CHUNK, panel, right + k, CHUNK, depth)
 
@@ -186,10 +187,7 @@ def correct_block(
             block_tile(panel, own, CHUNK, panel, own, CHUNK, left, 0, BLOCK_ROWS, panel, right, CHUNK, step)
     for i in range(whole, count):
         for chunk in range((size + CHUNK - 1) // CHUNK):
-            own, here = panel_at(chunk * CHUNK, step + i, steps), panel_at(pivots[i], 0, steps)
-            right = panel_at(chunk * CHUNK, 0, steps)
-            for k in range(0, CHUNK, width):
-                panel_tile(panel, own + k, 0, panel, own + k, 0, panel, here, CHUNK, panel, right + k, CHUNK, step)
+            correct(panel, chunk, pivots[i], 0, step, step + i, steps, width)
 
 
 @_jit
@@ -296,7 +294,7 @@ def invert_(packed: Array, size: int, panel: Array, steps: int, flush_width: int
             pivot = first + step
             gather(packed, size, pivot, panel, step, steps)
             for chunk in range((size + CHUNK - 1) // CHUNK):
-                correct(panel, chunk, pivot, 0, step, steps, panel_width)
+                correct(panel, chunk, pivot, 0, step, step, steps, panel_width)
             here = panel_at(pivot, step, steps)
             if not panel[here] > 0:
                 return 1 + pivot
