@@ -19,6 +19,7 @@ from lightning_obc.errors import OBCError, SpecError
 from lightning_obc.files import PathLike
 from lightning_obc.layers import unsupported_layers
 from lightning_obc.layerwise import reached_edges
+from lightning_obc.origins import Origins
 from lightning_obc.planning import check_execution, check_schedule, plan_stage
 from lightning_obc.rehearsal import rehearse
 from lightning_obc.report import CompressionReport, StageReport, weight_samples
@@ -130,6 +131,8 @@ def compress(
     before = {name: float(metric(model)) for name, metric in (metrics or {}).items()}
     reports: list[StageReport] = []
     corrections: list[CorrectionReport] = []
+    origins = Origins()
+    origins.expect([plan.modules for plan in planned if not isinstance(plan.stage, Correct)])
     with ExitStack() as stack:
         report_progress = stack.enter_context(shown(progress if team.rank == 0 else False))
         stack.enter_context(all_or_none(team))
@@ -147,7 +150,7 @@ def compress(
             found = plan_stage(model, stage, spec, edges)
             kept = None if solved is None else solved.stage(index)
             how: dict[str, Any] = {"on_failure": on_failure, "progress": report_progress, "store": kept, "plan": found}
-            reports.append(run_stage(model, stage, collect, **how))
+            reports.append(run_stage(model, stage, collect, origins=origins, **how))
     figures = {name: (before[name], float(metric(model))) for name, metric in (metrics or {}).items()}
     left = unsupported_layers(model)
     return CompressionReport(model, reports, left, figures, corrections, stages, plans, samples)

@@ -28,6 +28,7 @@ from lightning_obc.layers import adapter_for, blocks_of
 from lightning_obc.obs import LayerSolution
 from lightning_obc.obs.parts import solution_on
 from lightning_obc.obs.recentre import Recentred, against_before, recentre
+from lightning_obc.origins import Origins
 from lightning_obc.planning import (
     LayerPlan,
     StagePlan,
@@ -61,6 +62,7 @@ def run_stage(
     progress: Progress | None = None,
     store: StageStore | None = None,
     plan: StagePlan | None = None,
+    origins: Origins | None = None,
 ) -> StageReport:
     """Compress the layers of one stage in place.
 
@@ -76,6 +78,8 @@ def run_stage(
         store: Where solved layers are kept, to go on after an interruption; see
             :class:`~lightning_obc.store.SolutionStore`.
         plan: The plan of this stage, if it was made already.
+        origins: Weights before earlier stages of the same run, for the error of all of them together; None where there
+            are none.
 
     Raises:
         LayerNotFoundError, PatternError, NonFiniteError, CalibrationError: Before any weight is changed; behind
@@ -90,7 +94,9 @@ def run_stage(
     ranks = collect.ranks if isinstance(collect, Collector) else SingleProcess()
     with all_or_none(ranks):
         begin_together(model, ranks)
-        run = _StageRun(model, stage, collect, on_failure, progress, store, plan, Team(ranks))
+        origins = Origins() if origins is None else origins
+        origins.begin()
+        run = _StageRun(model, stage, collect, on_failure, progress, store, plan, Team(ranks), origins)
         groups = run.groups()
         for index, group in enumerate(groups):
             # Solutions of layers that are calibrated on the same model wait until the last of them is found.
@@ -104,6 +110,7 @@ def run_stage(
         if progress is not None:
             progress(str(stage), run.total, run.total)
         rows = [_report(layer, run.outcomes[layer.name], inputs) for layer in plan.layers]
+        run.leave()
         work = run.team.end(model, {name: solution.mask for name, solution in solutions.items()})
     seconds = time.perf_counter() - started
     return StageReport(str(stage), rows, plan.skipped, solutions, run.samples, seconds, work, inputs)
@@ -122,8 +129,10 @@ class _StageRun:
         store: StageStore | None,
         plan: StagePlan,
         team: Team,
+        origins: Origins,
     ) -> None:
         self.model, self.stage, self.collect, self.plan, self.team = model, stage, collect, plan, team
+        self.origins = origins
         self.on_failure, self.progress, self.store = on_failure, progress, store
         self.spec = collect.spec if isinstance(collect, Collector) else Calibration()
         self.dense = DenseWeights()
@@ -178,6 +187,8 @@ class _StageRun:
             layer.name: (layer, weight_matrix(layer.module)) for layer in part if layer.name not in self.outcomes
         }
         devices = {name: weight.device for name, (_, weight) in problems.items()}
+        for name, (_, weight) in problems.items():
+            self.origins.meet(name, weight)
 
         def solve(name: str) -> Outcome:
             layer, weight = problems.pop(name)
@@ -226,12 +237,13 @@ class _StageRun:
                 solution = self._solution(layer, weight, statistic, start)
                 if self.store is not None:
                     self.store.save(problem, solution)
+            total = self.origins.error(layer.name, solution, statistic)
         except Exception as error:
             return self._kept(error, started)
         if self.device is not None:
             solution = solution_on(solution, home)
         seconds = time.perf_counter() - started
-        return Outcome(solution, solution.remarks, seconds, None if start is None else start.inherited)
+        return Outcome(solution, solution.remarks, seconds, None if start is None else start.inherited, total)
 
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None
@@ -267,6 +279,12 @@ class _StageRun:
                 adapter.write_weight_(layer.module, outcome.solution.weight)
             except Exception as error:
                 self.outcomes[layer.name] = self._kept(error, started)
+
+    def leave(self) -> None:
+        """The stage is over: later ones begin with what its layers hold now."""
+        for layer in self.plan.layers:
+            if self.outcomes[layer.name].solution is not None:
+                self.origins.leave(layer.name, weight_matrix(layer.module))
 
     def _means(self) -> NormStatistics | None:
         """Means of the outputs of layers with a bias before anything changes."""
@@ -315,6 +333,7 @@ def _report(layer: LayerPlan, outcome: Outcome, inputs: Mapping[str, Grid]) -> L
         seconds=outcome.seconds,
         compressed=solution is not None,
         inherited=outcome.inherited,
+        total_error=outcome.total,
         input_bits=inputs[layer.name].spec.bits if layer.name in inputs else None,
         curve=() if solution is None else solution.curve,
     )

@@ -29,12 +29,14 @@ class Outcome:
         status: ``"ok"``, or everything out of the ordinary.
         seconds: Time of the solve.
         inherited: See :class:`~lightning_obc.report.LayerReport`.
+        total: Its ``total_error``.
     """
 
     solution: LayerSolution | None
     status: str
     seconds: float
     inherited: float | None = None
+    total: float | None = None
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,7 @@ class Team:
         received: dict[str, Outcome] = {}
         for name in names:
             owner = owners[name]
-            status, seconds, inherited, scalars, specs = found[owner][name]
+            status, seconds, inherited, total, scalars, specs = found[owner][name]
             solution = None
             if scalars is not None:
                 mine = parts.get(name)
@@ -223,11 +225,11 @@ class Team:
                     for key, (shape, dtype) in specs.items()
                 }
                 solution = solution_from_parts(scalars, tensors, devices[name])
-            received[name] = Outcome(solution, status, seconds, inherited)
+            received[name] = Outcome(solution, status, seconds, inherited, total)
         return received
 
 
 def _headline(outcome: Outcome, parts: tuple[dict[str, Any], dict[str, torch.Tensor]] | None) -> tuple[Any, ...]:
     scalars, tensors = (None, {}) if parts is None else parts
     specs = {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
-    return outcome.status, outcome.seconds, outcome.inherited, scalars, specs
+    return outcome.status, outcome.seconds, outcome.inherited, outcome.total, scalars, specs

@@ -64,11 +64,13 @@ ALLOWED: dict[str, set[str]] = {
     "forecast": LEAVES | {"timing", "layerwise", "planning", "layers", "calibration", "obs"},
     "store": LEAVES | {"obs"},
     "shared_rows": LEAVES | {"kernels"},
+    "origins": LEAVES | {"obs"},
     "team": LEAVES | {"obs", "report", "shared_rows"},
     "stage_run": LEAVES
     | {
         "team",
         "store",
+        "origins",
         "planning",
         "solving",
         "layers",
@@ -83,6 +85,7 @@ ALLOWED: dict[str, set[str]] = {
         "stage_run",
         "team",
         "store",
+        "origins",
         "layerwise",
         "planning",
         "rehearsal",
@@ -95,6 +98,7 @@ ALLOWED: dict[str, set[str]] = {
     | {
         "team",
         "store",
+        "origins",
         "layerwise",
         "planning",
         "rehearsal",

@@ -64,6 +64,8 @@ def check_agreement(stages: Any, size: int, **options: Any) -> list[Any]:
         assert theirs.samples == mine.samples
         for one, other in zip(mine.layers, theirs.layers, strict=True):
             assert other.loss == pytest.approx(one.loss, rel=1e-4)
+            total = one.total_error
+            assert other.total_error == (total if total is None else pytest.approx(total, rel=1e-4))
             assert other.status == one.status
             assert other.held_out == (one.held_out if one.held_out is None else pytest.approx(one.held_out, rel=1e-4))
     return [result[0] for result in found]

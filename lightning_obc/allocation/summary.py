@@ -62,6 +62,7 @@ def _row(name: str, module: nn.Module, level: str, solution: LayerSolution, inpu
         seconds=0.0,
         compressed=level != "dense",
         input_bits=inputs,
+        total_error=solution.relative_error,
     )
 
 

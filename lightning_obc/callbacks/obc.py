@@ -323,6 +323,7 @@ class OBCCallback(Callback):
                 self._edges = edges(trainer, module, self.calibration, list(stages.values()))
             with collect.executing():
                 dense = dict(zip(due, references(collect, list(stages.values())), strict=True))
+            self._state.expect(module, list(stages.values()), self._edges)
             for index, stage in stages.items():
                 figures: dict[str, float] = {}
                 whole = whole_or_not(module, stage, self.calibration)
@@ -336,6 +337,7 @@ class OBCCallback(Callback):
                 if not isinstance(stage, Correct):
                     log_pictures(trainer, module, self._state.reports[-1])
                 self._log(trainer, {**figures, **model_figures(module, self._state.held.layers)})
+            self._state.origins.forget()
 
     def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
         stage = self._state.timetable.stages[index]
@@ -344,9 +346,8 @@ class OBCCallback(Callback):
         if self.verbose:
             say(module, f"\n{plan}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
-        report = run_stage(
-            module, stage, collect, on_failure=self.on_failure, progress=display.update, plan=plan, store=store
-        )
+        options: dict[str, Any] = {"on_failure": self.on_failure, "progress": display.update, "plan": plan}
+        report = run_stage(module, stage, collect, store=store, origins=self._state.origins, **options)
         for layer in plan.layers:
             if layer.name in report.solutions:
                 self._state.held.hold(layer.name, layer.module, layer.stage, report.solutions[layer.name])

@@ -8,12 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from lightning_obc.activations import InputGrid, inputs_from_state, inputs_state
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.plateau import PlateauWatch
 from lightning_obc.callbacks.timetable import Timetable
 from lightning_obc.correction import CorrectionReport
+from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import FingerprintError
+from lightning_obc.layerwise import Edges, stage_layers
+from lightning_obc.origins import Origins
 from lightning_obc.report import StageReport
 from lightning_obc.specs import Stage
 
@@ -34,6 +39,7 @@ class RunState:
         dense_when: When they were measured.
         dense_step: Optimizer steps at that time.
         watch: The metric that the next stage waits for.
+        origins: Weights before the stages that run now, one after the other without training in between.
     """
 
     timetable: Timetable
@@ -45,6 +51,7 @@ class RunState:
     dense_when: str = ""
     dense_step: int = 0
     watch: PlateauWatch = field(default_factory=PlateauWatch)
+    origins: Origins = field(default_factory=Origins)
 
     @contextmanager
     def whole_or_not(self) -> Iterator[None]:
@@ -57,6 +64,12 @@ class RunState:
             self.inputs = inputs
             del self.reports[reports:], self.corrections[corrections:]
             raise
+
+    def expect(self, model: nn.Module, stages: Sequence[Stage], edges: Edges | None) -> None:
+        """These stages are about to run, with no training between them."""
+        solved = {row.name for report in self.reports for row in report.layers if row.compressed}
+        solving = [stage for stage in stages if not isinstance(stage, Correct)]
+        self.origins.expect([stage_layers(model, stage, edges) for stage in solving], solved)
 
     def finish(self, index: int) -> None:
         """A stage is done; metrics that the next one waits for are those of another model."""
@@ -78,6 +91,7 @@ class RunState:
             "dense_when": self.dense_when,
             "dense_step": self.dense_step,
             "watch": self.watch.state_dict(),
+            "origins": self.origins.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -102,6 +116,7 @@ class RunState:
         self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
         self.dense_step = state["dense_step"]
         self.watch.load_state_dict(state.get("watch", {}))
+        self.origins.load_state_dict(state.get("origins", {}))
 
     def load_layers(self, state: Mapping[str, Any]) -> None:
         """Take over what the weights of a checkpoint carry, whatever recipe they came from."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lightning_obc.report.charts import Axis, number
+from lightning_obc.report.totals import final_errors, is_told
 
 Row = Mapping[str, Any]
 _DECADES = 8
@@ -96,7 +97,7 @@ def percent(value: float) -> str:
 
 
 def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
-    """Error, sparsity and time of every layer.
+    """Error, error of all stages together where there were several, sparsity and time of every layer.
 
     Args:
         layers: Per layer its rows, one of each stage it took part in, each with the stage's number as ``series``.
@@ -110,6 +111,7 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     flat = [[value for bars in rows for _, value in bars] for rows in (errors, times)]
     found = [
         chart("Relative output error, logarithmic [%]", errors, logarithmic(flat[0]), percent),
+        *_totals(layers),
         chart(
             "Zeros after the last stage [%]",
             zeros,
@@ -126,3 +128,17 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         ticks = [(tick, f"{number(tick)} s") for tick in axis.ticks()]
         found.append(chart(title, times, axis, lambda value: f"{value:.2f} s", ticks))
     return found
+
+
+def _totals(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
+    """The error of all stages together, where it says more than that of the last one."""
+    if not is_told(row for rows in layers for row in rows):
+        return []
+    known = final_errors([{"layers": [row for rows in layers for row in rows]}])
+    bars = [
+        [({**rows[-1], "series": 0, "compressed": True}, total)]
+        for rows in layers
+        if (total := known.get(rows[0]["name"])) is not None
+    ]
+    axis = logarithmic([value for row in bars for _, value in row])
+    return [chart("Relative output error of all stages together, logarithmic [%]", bars, axis, percent)]

@@ -14,15 +14,16 @@ from lightning_obc.report.document import write_formats
 from lightning_obc.report.html import page, safe
 from lightning_obc.report.record import Record, last_rows, load_record
 from lightning_obc.report.tables import markdown
+from lightning_obc.report.totals import final_errors
 
 
 def compare_records(records: Mapping[str, Record]) -> dict[str, Any]:
     """What several runs have in common, by label.
 
     Returns:
-        ``summary``: rows of ``[name, value of each run]``; ``layers``: per layer the relative error, sparsity and bits
-        of each run (None where a run does not have the layer); ``trade_off``: bits per weight against the first figure
-        that all runs measured.
+        ``summary``: rows of ``[name, value of each run]``; ``layers``: per layer the relative error of its last stage
+        and of all, sparsity and bits of each run (None where a run does not have the layer); ``trade_off``: bits per
+        weight against the first figure that all runs measured.
 
     Raises:
         SpecError: Fewer than two runs.
@@ -31,15 +32,28 @@ def compare_records(records: Mapping[str, Record]) -> dict[str, Any]:
         raise SpecError("A comparison needs several runs", got=len(records), expected="at least two")
     rows = {label: {row["name"]: row for row in last_rows(record)} for label, record in records.items()}
     names = list(dict.fromkeys(name for layers in rows.values() for name in layers))
-    keys = ("relative_error", "sparsity", "bits", "compressed")
+    errors = [final_errors(record["stages"]) for record in records.values()]
     layers = [
         {
             "name": name,
-            "runs": [None if name not in mine else {key: mine[name][key] for key in keys} for mine in rows.values()],
+            "runs": [_cell(mine.get(name), known) for mine, known in zip(rows.values(), errors, strict=True)],
         }
         for name in names
     ]
     return {"runs": list(records), "summary": _summary(records), "layers": layers, "trade_off": _trade_off(records)}
+
+
+def _cell(row: Mapping[str, Any] | None, known: Mapping[str, float | None]) -> dict[str, Any] | None:
+    if row is None:
+        return None
+    plain = {key: row[key] for key in ("relative_error", "sparsity", "bits", "compressed")}
+    return plain | {"total_error": known.get(row["name"], 0.0)}
+
+
+def _error(run: Mapping[str, Any]) -> tuple[float, str]:
+    """What a layer has lost in all stages or, where that is not known, in its last; and which of the two it is."""
+    total = run["total_error"]
+    return (run["relative_error"], " (last stage)") if total is None else (total, "")
 
 
 def _summary(records: Mapping[str, Record]) -> list[list[str]]:
@@ -105,6 +119,7 @@ def render_comparison_html(comparison: Mapping[str, Any]) -> str:
         comparison=comparison,
         trade_off=safe(charts.scatter(trade_off, "Trade-off")) if trade_off else None,
         percent=percent,
+        error=_error,
     )
 
 
@@ -112,15 +127,19 @@ def render_comparison_markdown(comparison: Mapping[str, Any]) -> str:
     """The comparison as Markdown tables."""
     runs = comparison["runs"]
     errors = [
-        [layer["name"], *("–" if run is None else charts.number(100 * run["relative_error"]) for run in layer["runs"])]
+        [layer["name"], *("–" if run is None else _plain(*_error(run)) for run in layer["runs"])]
         for layer in comparison["layers"]
     ]
     parts = [
         f"# {' · '.join(runs)}",
         markdown("Runs", ("", *runs), comparison["summary"]),
-        markdown("Relative error by layer [%]", ("layer", *runs), errors),
+        markdown("Relative error of all stages by layer [%]", ("layer", *runs), errors),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _plain(error: float, note: str) -> str:
+    return charts.number(100 * error) + note
 
 
 def compare_reports(

@@ -15,6 +15,7 @@ from lightning_obc.report.charts import number
 from lightning_obc.report.html import left_dense, render_html, tiles, trade_off_rows
 from lightning_obc.report.record import WORK, Record, bits_text, work_rows
 from lightning_obc.report.tables import markdown
+from lightning_obc.report.totals import is_told, note
 
 
 def render_json(record: Record) -> str:
@@ -26,6 +27,7 @@ def render_markdown(record: Record) -> str:
     """The report's tables as Markdown."""
     parts = [f"# {record['title']}", *_summary(record)]
     parts += [_stage(stage) for stage in record["stages"]]
+    parts += [text] if (text := note(record["stages"])) else []
     left = [f"- `{name}`: {reason}" for name, reason in left_dense(record)]
     parts.append("\n".join(["## Left dense", "", *(left or ["Nothing."])]))
     if record["recipe"]:
@@ -56,7 +58,7 @@ def _summary(record: Record) -> list[str]:
 
 
 def _stage(stage: dict[str, Any]) -> str:
-    columns = (
+    columns = [
         "layer",
         "type",
         "weight",
@@ -67,7 +69,7 @@ def _stage(stage: dict[str, Any]) -> str:
         "held out [%]",
         "time [s]",
         "status",
-    )
+    ]
     rows = [
         [
             row["name"],
@@ -83,6 +85,12 @@ def _stage(stage: dict[str, Any]) -> str:
         ]
         for row in stage["layers"]
     ]
+    if is_told(stage["layers"]):
+        place = columns.index("rel. error [%]") + 1
+        columns.insert(place, "all stages [%]")
+        for cells, row in zip(rows, stage["layers"], strict=True):
+            total = row.get("total_error")
+            cells.insert(place, "–" if total is None else number(100 * total))
     title = f"{stage['stage']}: {len(rows)} layers, {stage['samples']} calibration samples, {stage['seconds']:.1f} s"
     parts = [markdown(title, columns, rows)]
     if work := work_rows(stage):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_obc.files import require
-from lightning_obc.report import charts
+from lightning_obc.report import charts, totals
 from lightning_obc.report.bars import bar_charts, failed, percent
 from lightning_obc.report.record import WORK, Record, bits_text, last_rows, work_rows
 
@@ -45,17 +45,22 @@ def render_html(record: Record) -> str:
     shown = sorted(rows, key=lambda row: -row["loss"])[:MOST]
     names = [name for name in _order(record) if any(name == row["name"] for row in shown)]
     histograms = {name: record["histograms"][name] for name in names if name in record["histograms"]}
+    bars = bar_charts(layer_rows(record, names))
     return page(
         "template.html",
         record=record,
         tiles=tiles(record),
-        bars=bar_charts(layer_rows(record, names)),
+        bars=bars,
+        timed=any(chart["title"].startswith("Time") for chart in bars),
         omitted=len(rows) - len(shown),
         trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
         points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
         bits_text=bits_text,
         percent=percent,
         failed=failed,
+        is_told=totals.is_told,
+        several=any(totals.is_told(stage["layers"]) for stage in record["stages"]),
+        unknown=totals.note(record["stages"]),
         work=[work_rows(stage) for stage in record["stages"]],
         work_columns=WORK,
         stages=[stage["stage"] for stage in record["stages"]],

@@ -42,6 +42,10 @@ class LayerReport:
             calibration is independent. ``loss`` and ``relative_error`` are then against the layer's output in the
             model before this stage, inherited error included.
         input_bits: Bit width of the layer's quantized input; None where it stays in floating point.
+        total_error: Relative output error of all stages that have solved the layer: of its weights after this stage
+            against those before its first one, measured on this stage's calibration inputs; after one stage alone
+            its ``relative_error``. None where it is not known: the layer was not solved, or training or a correction
+            has moved the weights in between, so that the difference would not be the compression's alone.
         curve: Loss curve of the sweep behind it: share of the weights that are zero (of a quantized layer: of the kept
             weights that are rounded), and damped loss as a share of that of no weights at all. Empty where there was
             no sweep in OBS order.
@@ -62,6 +66,7 @@ class LayerReport:
     compressed: bool
     inherited: float | None = None
     input_bits: int | None = None
+    total_error: float | None = None
     curve: tuple[tuple[float, float], ...] = field(default=(), repr=False)
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_obc.layers import by_reason
 from lightning_obc.report.result import CompressionReport, LayerReport, StageReport
+from lightning_obc.report.totals import is_told
 
 if TYPE_CHECKING:
     from lightning_obc.correction import CorrectionReport
@@ -41,19 +42,27 @@ def _short(layer: LayerReport) -> str:
 
 def stage_table(stage: StageReport) -> str:
     """Per-layer table of one stage with its totals, and what was skipped or failed."""
-    rows = [layer_cells(layer) for layer in stage.layers]
+    columns, rows = list(COLUMNS), [layer_cells(layer) for layer in stage.layers]
+    totals = is_told(layer.to_dict() for layer in stage.layers)
+    if totals:
+        place = columns.index("rel. error [%]") + 1
+        columns.insert(place, "all stages [%]")
+        for row, layer in zip(rows, stage.layers, strict=True):
+            row.insert(place, "–" if layer.total_error is None else f"{100 * layer.total_error:.3g}")
     title = f"{stage.stage}: {len(stage.layers)} layers, {stage.samples} calibration samples, {stage.seconds:.1f} s"
     note = f"loss: squared output error per sample, against the weights before this stage; sum {stage.loss:.4g}"
     inherited = [layer.inherited for layer in stage.layers if layer.compressed and layer.inherited is not None]
     if inherited:
         note += f", of which {sum(inherited):.4g} came with the inputs behind compressed layers"
     note += "\nrel. error: that loss as a share of the layer's squared output, bias left out"
+    if totals:
+        note += "\nall stages: the same, of this and all earlier stages, against the weights before the first"
     apart = {layer.name: f"by {layer.stage}" for layer in stage.layers if layer.stage != stage.stage}
     apart_lines = by_reason(apart, "differently", "differently")
     left = by_reason(stage.skipped, LEFT, LEFT_SEVERAL)
     remarks = {layer.name: layer.status for layer in stage.layers if len(layer.status) > _SHORT}
     notes = by_reason(remarks, "note", "notes")
-    return "\n".join([render(title, COLUMNS, rows), note, *notes, *apart_lines, *left])
+    return "\n".join([render(title, columns, rows), note, *notes, *apart_lines, *left])
 
 
 def correction_table(correction: CorrectionReport) -> str:

@@ -13,7 +13,7 @@ from small import Small, is_two_four, levels, loader, quiet_trainer, resumable, 
 from torch import nn
 
 import lightning_obc as obc
-from lightning_obc import stage_run
+from lightning_obc import solving, stage_run
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.state import RunState
 from lightning_obc.callbacks.timetable import Timetable, expand
@@ -215,3 +215,61 @@ def test_rows_curves_shares_of_ranks_and_corrections_are_in_checkpoints(tmp_path
     drawn = [report_record(obc.CompressionReport(report.model, state.reports)) for state in (before, after)]
     assert drawn[0]["curves"] == drawn[1]["curves"]
     assert len(drawn[0]["curves"]) == 2
+
+
+def totals(callback: obc.OBCCallback) -> list[list[float | None]]:
+    assert callback.report is not None
+    return [[row.total_error for row in stage.layers] for stage in callback.report.stages]
+
+
+def test_the_error_of_all_stages_is_known_where_no_training_lies_between(tmp_path: Path) -> None:
+    """At one time, with an interrupt inside the second stage too; not over optimizer steps, before or after it."""
+    stages = [obc.Prune(0.5, at="train_end"), obc.Quantize(3, at="train_end")]
+    whole, model = make_callback(stages), Small()
+    quiet_trainer(tmp_path, whole, max_epochs=1).fit(model, loader())
+    assert whole.state_dict()["origins"] == {}
+    assert all(total is not None for found in totals(whole) for total in found)
+    assert totals(whole)[1] != [row.relative_error for row in whole.report.stages[1].layers]
+
+    trained, other = make_callback([obc.Prune(0.5, at="train_start"), obc.Quantize(3, at="train_end")]), Small()
+    quiet_trainer(tmp_path, trained, max_epochs=1).fit(other, loader())
+    assert totals(trained) == [[row.relative_error for row in trained.report.stages[0].layers], [None, None]]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_resumed_run_knows_the_weights_before_its_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    """They are in the checkpoint of a run that was stopped between two stages, and good for what these left."""
+    stages = [obc.Prune(0.5, at="train_end"), obc.Quantize(3, at="train_end")]
+
+    class Stop(BaseException):
+        pass
+
+    def stopped(*args: Any, **options: Any) -> Any:
+        raise Stop
+
+    def run(folder: str, *more: Any, resume: Any = None) -> list[list[float | None]]:
+        torch.manual_seed(2)
+        callback, model = make_callback(stages), Small()
+        trainer = quiet_trainer(tmp_path / folder, callback, *more, max_epochs=1, enable_checkpointing=bool(more))
+        trainer.fit(model, resumable(), ckpt_path=resume, weights_only=True)
+        return totals(callback)
+
+    expected = run("whole")
+    saving = ModelCheckpoint(tmp_path / "saved", save_on_exception=True, every_n_epochs=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(solving, "quantize", stopped)
+        with pytest.raises(Stop):
+            run("stopped", saving)
+    (path,) = (tmp_path / "saved").glob("*.ckpt")
+    saved = torch.load(path, weights_only=True)
+    if moved:
+        saved["state_dict"]["fc.weight"].mul_(1.5)
+        torch.save(saved, path)
+    found = run("resumed", resume=str(path))
+    assert found[0] == expected[0]
+    if moved:
+        assert (found[1][0], found[1][1]) == (pytest.approx(expected[1][0]), None)
+    else:
+        assert found[1] == pytest.approx(expected[1])
