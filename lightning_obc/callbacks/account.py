@@ -13,28 +13,25 @@ from lightning_obc.callbacks.figures import comparison, model_figures
 from lightning_obc.callbacks.recording import when
 from lightning_obc.callbacks.state import RunState
 from lightning_obc.layers import unsupported_layers
-from lightning_obc.report import CompressionReport, WeightSample, weight_samples
+from lightning_obc.report import CompressionReport, weight_samples
 from lightning_obc.specs import Stage
 
 
 class Account:
-    """The part of a run that no checkpoint keeps: figures, plans and samples of dense weights.
+    """The part of a run that no checkpoint keeps: figures of the compressed model.
 
     Attributes:
         figures: Validation figures by name, dense and compressed.
-        plans: The plans of the stages that have run, as text.
     """
 
     def __init__(self) -> None:
         self.figures: dict[str, tuple[float, float]] = {}
-        self.plans: list[str] = []
         self._notes: list[str] = []
-        self._samples: dict[str, WeightSample] = {}
         self._final, self._final_stage = dict[str, float](), -1
 
     def open(self, trainer: Trainer, module: LightningModule, state: RunState, *, compare: bool) -> None:
         """Just before the first stage: sample the dense weights and, if asked to, measure the dense model."""
-        self.plans, self._samples = [], weight_samples(module)
+        state.samples = weight_samples(module)
         state.dense_when = f"just before the first stage ({when(trainer)})"
         state.dense_step = trainer.global_step
         if compare:
@@ -66,7 +63,8 @@ class Account:
             dict(self.figures),
             list(state.corrections),
             recipe=recipe,
-            plans=list(self.plans),
-            dense=self._samples,
+            plans=list(state.plans),
+            dense=state.samples,
             notes=self._notes,
+            histograms=state.histograms,
         )

@@ -53,6 +53,7 @@ from lightning_obc.layerwise import Edges
 from lightning_obc.pipeline import correct_after
 from lightning_obc.planning import check_execution, plan_stage
 from lightning_obc.report import CompressionReport
+from lightning_obc.report.histograms import histograms
 from lightning_obc.report.tables import correction_table
 from lightning_obc.specs import Calibration, Prune, Quantize, Stage
 from lightning_obc.stage_run import run_stage
@@ -342,7 +343,7 @@ class OBCCallback(Callback):
     def _compress(self, module: LightningModule, index: int, collect: Collector, display: Display) -> dict[str, float]:
         stage = self._state.timetable.stages[index]
         plan = plan_stage(module, stage, self.calibration, self._edges)
-        self._account.plans.append(str(plan))
+        self._state.plans.append(str(plan))
         if self.verbose:
             say(module, f"\n{plan}")
         store = None if self.store is None else SolutionStore(self.store).stage(index)
@@ -354,6 +355,7 @@ class OBCCallback(Callback):
         found = {name: grid for name, grid in attached(module).items() if name in report.activations}
         self._state.inputs = self._state.inputs | found
         self._state.reports.append(report)
+        self._state.histograms = self._state.histograms | histograms(report.solutions, self._state.samples)
         if self.verbose:
             say(module, f"\n{report.table()}")
         return stage_figures(report)

@@ -19,7 +19,7 @@ from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import FingerprintError
 from lightning_obc.layerwise import Edges, stage_layers
 from lightning_obc.origins import Origins
-from lightning_obc.report import StageReport
+from lightning_obc.report import StageReport, WeightSample
 from lightning_obc.specs import Stage
 
 PREFIX = "OBCCallback-"
@@ -39,6 +39,9 @@ class RunState:
         dense_when: When they were measured.
         dense_step: Optimizer steps at that time.
         watch: The metric that the next stage waits for.
+        plans: The plans of the stages that have run, as text.
+        samples: Some weights of each layer before the first stage; fewer after a resume.
+        histograms: Histograms of the weights of each layer before and after the last stage that solved it.
         origins: Weights before the stages that run now, one after the other without training in between.
     """
 
@@ -51,18 +54,22 @@ class RunState:
     dense_when: str = ""
     dense_step: int = 0
     watch: PlateauWatch = field(default_factory=PlateauWatch)
+    plans: list[str] = field(default_factory=list)
+    samples: dict[str, WeightSample] = field(default_factory=dict)
+    histograms: dict[str, Any] = field(default_factory=dict)
     origins: Origins = field(default_factory=Origins)
 
     @contextmanager
     def whole_or_not(self) -> Iterator[None]:
         """After an exception or an interrupt inside, the state is as it was before: that of weights taken back."""
-        held, inputs, reports, corrections = self.held.kept(), self.inputs, len(self.reports), len(self.corrections)
+        held, inputs, histograms = self.held.kept(), self.inputs, self.histograms
+        reports, corrections, plans = len(self.reports), len(self.corrections), len(self.plans)
         try:
             yield
         except BaseException:
             self.held.take_back(held)
-            self.inputs = inputs
-            del self.reports[reports:], self.corrections[corrections:]
+            self.inputs, self.histograms = inputs, histograms
+            del self.reports[reports:], self.corrections[corrections:], self.plans[plans:]
             raise
 
     def expect(self, model: nn.Module, stages: Sequence[Stage], edges: Edges | None) -> None:
@@ -91,6 +98,9 @@ class RunState:
             "dense_when": self.dense_when,
             "dense_step": self.dense_step,
             "watch": self.watch.state_dict(),
+            "plans": list(self.plans),
+            "samples": {name: sample.state_dict() for name, sample in self.samples.items()},
+            "histograms": dict(self.histograms),
             "origins": self.origins.state_dict(),
         }
 
@@ -116,6 +126,8 @@ class RunState:
         self.dense, self.dense_when = dict(state["dense"]), state["dense_when"]
         self.dense_step = state["dense_step"]
         self.watch.load_state_dict(state.get("watch", {}))
+        self.plans, self.histograms = list(state.get("plans", ())), dict(state.get("histograms", {}))
+        self.samples = {name: WeightSample.from_state(one) for name, one in state.get("samples", {}).items()}
         self.origins.load_state_dict(state.get("origins", {}))
 
     def load_layers(self, state: Mapping[str, Any]) -> None:

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from lightning_obc.errors import FingerprintError
-from lightning_obc.layers import adapter_for, select_layers
+from lightning_obc.layers import select_layers
+from lightning_obc.report.histograms import histograms
 from lightning_obc.report.result import CompressionReport
 from lightning_obc.report.samples import WeightSample
 
 FORMAT, VERSION = "lightning_obc.report", 2
 PACKAGES = ("lightning-obc", "torch", "lightning", "numba", "triton", "numpy", "torchvision", "transformers")
-BINS = 48
 # What every reader of a record takes for granted.
 _PARTS: dict[str, type] = {
     "title": str,
@@ -79,7 +79,7 @@ def report_record(
         "recipe": stages,
         "plans": [str(plan) for plan in (report.plans if plans is None else plans)],
         "sizes": sizes(report),
-        "histograms": histograms(report, report.dense if dense is None else dense),
+        "histograms": _histograms(report, report.dense if dense is None else dense),
         "curves": sweep_curves(report)
         if curves is None
         else [_curve(name, "", False, c) for name, c in curves.items()],
@@ -199,73 +199,10 @@ def _without_curves(plain: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def histograms(report: CompressionReport, dense: Mapping[str, Union[Tensor, WeightSample]]) -> dict[str, Any]:
-    """Histograms of the weights of every compressed layer, before (where known) and after.
-
-    Quantized layers are drawn in units of their grid: ``weight / scale + zero_point``, so that grid points of all rows
-    lie on the integers.
-    """
+def _histograms(report: CompressionReport, dense: Mapping[str, Union[Tensor, WeightSample]]) -> dict[str, Any]:
+    """Those of stages of which a resumed run has no solutions any more, and of all others."""
     layers = select_layers(report.model) if report.solutions else {}
-    found = {}
-    for name, solution in report.solutions.items():
-        sample = dense.get(name)
-        if not isinstance(sample, WeightSample):
-            sample = _sample(layers.get(name), dense.get(f"{name}.weight"))
-        before = None if sample is None else sample.values.double()
-        select = WeightSample.of(solution.weight).select if sample is None else sample.select
-        after = select(solution.weight)
-        if solution.grid is not None:
-            columns = solution.weight.shape[-1]
-            scale, zero = (
-                select(solution.grid.expand(part, columns)) for part in (solution.grid.scale, solution.grid.zero_point)
-            )
-            after = after / scale + zero
-            before = None if before is None else before / scale + zero
-        found[name] = _histogram(before, after, None if solution.grid is None else solution.grid.max_code)
-    return found
-
-
-def _sample(module: Any, weight: Any) -> WeightSample | None:
-    adapter = None if module is None else adapter_for(module)
-    if adapter is None or weight is None:
-        return None
-    return WeightSample.of(adapter.to_matrix_layout(module, weight.detach()))
-
-
-def _histogram(before: Tensor | None, after: Tensor, max_code: int | None) -> dict[str, Any]:
-    values = after if before is None else torch.cat([before.flatten(), after.flatten()])
-    low, high = float(values.min()), float(values.max())
-    bins = BINS
-    if max_code is not None:
-        low, high, bins = _grid_bins(low, high, max_code)
-    elif not high > low:
-        low, high = low - 0.5, high + 0.5
-
-    def counts(tensor: Tensor) -> list[int]:
-        return [int(count) for count in torch.histc(tensor.flatten().clamp(low, high), bins, low, high)]
-
-    return {
-        "low": low,
-        "high": high,
-        "after": counts(after),
-        "before": None if before is None else counts(before),
-        "levels": None if max_code is None else max_code + 1,
-    }
-
-
-def _grid_bins(low: float, high: float, max_code: int) -> tuple[float, float, int]:
-    """Range and number of bins: every code in the middle of a bin, or whole codes in a bin when there are many.
-
-    Weights farther from the grid than its own width are counted in the outermost bins.
-    """
-    first = math.floor(max(min(low, 0.0), -max_code - 1.0) + 0.5)
-    last = math.ceil(min(max(high, max_code), 2.0 * max_code + 1) - 0.5)
-    codes = last - first + 1
-    if codes <= BINS:
-        return first - 0.5, last + 0.5, (3 if codes <= BINS // 2 else 1) * codes
-    width = math.ceil(codes / BINS)
-    bins = math.ceil(codes / width)
-    return first - 0.5, first - 0.5 + bins * width, bins
+    return dict(report.histograms) | histograms(report.solutions, dense, layers)
 
 
 def load_record(path: Union[str, Path]) -> Record:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Size, nn
 
 from lightning_obc.files import PathLike
 from lightning_obc.grids import Grid
@@ -81,6 +81,11 @@ class LayerReport:
         return asdict(replace(self, curve=())) | {"shape": list(self.shape), "curve": curve}
 
 
+def counted(number: int, noun: str) -> str:
+    """``1 layer``, ``2 layers``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _short(value: float) -> float:
     # Points of a plot: five digits of them are enough.
     return float(f"{value:.5g}")
@@ -103,7 +108,7 @@ class RankWork:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StageReport:
     """One stage of a recipe.
 
@@ -126,6 +131,11 @@ class StageReport:
     seconds: float = 0.0
     work: Sequence[RankWork] = ()
     activations: Mapping[str, Grid] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        failed = f", {len(self.failed)} not" if self.failed else ""
+        done = f"{counted(len(self.layers) - len(self.failed), 'layer')} compressed{failed}"
+        return f"<StageReport {self.stage}: {done}, {self.seconds:.1f} s; table() has the layers>"
 
     @property
     def loss(self) -> float:
@@ -166,7 +176,7 @@ class StageReport:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CompressionReport:
     """A whole run.
 
@@ -180,6 +190,7 @@ class CompressionReport:
         plans: The plans of the stages, as text.
         dense: Weights before the first stage, a sample of each layer's rows, for histograms.
         notes: What a reader of the figures should know, such as when they were measured.
+        histograms: Histograms of the weights of layers whose solutions are gone, those of stages before a resume.
     """
 
     model: nn.Module = field(repr=False)
@@ -191,6 +202,20 @@ class CompressionReport:
     plans: Sequence[str] = ()
     dense: Mapping[str, WeightSample] = field(default_factory=dict, repr=False)
     notes: Sequence[str] = ()
+    histograms: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def __repr__(self) -> str:
+        rows = list(self.layers.values())
+        done = sum(row.compressed for row in rows)
+        text = f"{counted(len(self.stages), 'stage')}, {done} of {counted(len(rows), 'layer')} compressed"
+        sizes = [float(Size(row.shape).numel()) for row in rows]
+        if total := sum(sizes):
+            zeros, bits = (
+                sum(size * getattr(row, key) for size, row in zip(sizes, rows, strict=True)) / total
+                for key in ("sparsity", "bits")
+            )
+            text += f": {100 * zeros:.1f} % zeros, {bits:.3g} bits"
+        return f"<CompressionReport {text}; table() has stages and layers, save() writes them>"
 
     @property
     def solutions(self) -> dict[str, LayerSolution]:

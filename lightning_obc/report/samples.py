@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,15 @@ class WeightSample:
         count = min(len(flat), max(1, most // max(1, flat.shape[1])))
         rows = torch.linspace(0, len(flat) - 1, count, dtype=torch.float64, device="cpu").round().long()
         return cls(rows, flat[rows.to(flat.device)].detach().float().cpu())
+
+    def state_dict(self, most: int = 1 << 13) -> dict[str, Tensor]:
+        """Fewer rows, rounded to bfloat16: what a checkpoint keeps."""
+        fewer = WeightSample.of(self.values, most)
+        return {"rows": self.rows[fewer.rows], "values": fewer.values.bfloat16()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> WeightSample:
+        return cls(state["rows"], state["values"].float())
 
     def select(self, matrix: Tensor) -> Tensor:
         """The same rows of another ``[g, R, d]``, as ``[n, d]`` float64 on the CPU."""

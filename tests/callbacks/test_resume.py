@@ -236,6 +236,32 @@ def test_the_error_of_all_stages_is_known_where_no_training_lies_between(tmp_pat
     assert totals(trained) == [[row.relative_error for row in trained.report.stages[0].layers], [None, None]]
 
 
+@pytest.mark.parametrize("whole", ["freeze"], indirect=True)
+def test_a_resumed_run_shows_plans_and_weights_of_the_stages_before(whole: Any, tmp_path: Path) -> None:
+    """Histograms of finished stages are kept as they were, and later ones compare with the weights before the first."""
+    kind, path, _ = whole
+
+    def record(*, resume: Any = None) -> dict[str, Any]:
+        callback = obc.OBCCallback(RECIPES[kind], SPEC, verbose=False, save_checkpoint=False, compare=False)
+        torch.manual_seed(2)
+        model = Small(**OPTIMIZERS[kind])
+        model.drop = nn.Identity()
+        trainer = quiet_trainer(tmp_path, callback)
+        trainer.fit(model, resumable(), loader(1, shuffle=False), ckpt_path=resume, weights_only=True)
+        assert callback.report is not None
+        return report_record(callback.report)
+
+    plain, resumed = record(), record(resume=str(path / "step=13.ckpt"))
+    assert resumed["plans"] == plain["plans"]
+    assert len(plain["plans"]) == 3
+    assert resumed["histograms"]["conv"] == plain["histograms"]["conv"]
+    mine, theirs = (one["histograms"]["fc"] for one in (resumed, plain))
+    assert (mine["after"], mine["low"], mine["high"]) == (theirs["after"], pytest.approx(theirs["low"]), theirs["high"])
+    # Weights before are rounded to bfloat16 in a checkpoint: a few may fall into the next bin.
+    assert sum(mine["before"]) == sum(theirs["before"]) == 32
+    assert sum(abs(a - b) for a, b in zip(mine["before"], theirs["before"], strict=True)) <= 4
+
+
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_resumed_run_knows_the_weights_before_its_stages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool

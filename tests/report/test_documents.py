@@ -105,6 +105,23 @@ def test_a_report_of_nothing_is_still_a_page(tmp_path):
     assert "0 of 0" in render_markdown(record)
 
 
+def test_reports_print_in_a_line():
+    report, _ = sample_report(bits=4)
+    sizes = {row.name: math.prod(row.shape) for row in report.layers.values()}
+    bits = sum(size * (32 if name == "4" else 4) for name, size in sizes.items()) / sum(sizes.values())
+    text = repr(report)
+    assert text.startswith(f"<CompressionReport 2 stages, 4 of 4 layers compressed: 50.0 % zeros, {bits:.3g} bits; ")
+    assert "table()" in text
+    assert repr(report.stages[1]).startswith(
+        "<StageReport Quantize(int4 asym per channel): 3 layers compressed, 1 not, "
+    )
+    assert len(text) < 140
+    empty = CompressionReport(torch.nn.Linear(2, 2), [])
+    assert repr(empty) == (
+        "<CompressionReport 0 stages, 0 of 0 layers compressed; table() has stages and layers, save() writes them>"
+    )
+
+
 def test_markdown_holds_the_same_rows():
     record = sample_record()
     text = render_markdown(record)
