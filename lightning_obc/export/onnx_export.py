@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from lightning_obc.activations import unquantized
 from lightning_obc.errors import ExportError
 from lightning_obc.export.graph import Graph, Sample, dequantize_weights, finish, fold_batch_norms, trace, without_noise
 from lightning_obc.export.ops import StoredCodes, compact_scales, translations
+from lightning_obc.export.packed_linear import LinearKernel, matmul_translation, use_packed_linear
 from lightning_obc.export.quantized import (
     connected_tensors,
     input_tensors,
@@ -108,6 +109,7 @@ def export_onnx(
     calibration: Iterable[Sample] | None = None,
     activation_bits: int = 8,
     fold_batch_norm: bool | None = None,
+    linear: LinearKernel = "dequantize",
     dynamic_batch: bool = True,
     overwrite: bool = False,
 ) -> OnnxExport:
@@ -127,6 +129,11 @@ def export_onnx(
             which 8-bit activations times 8-bit weights can overflow.
         fold_batch_norm: Fold batch-norms into the convolutions before them: codes stay, scales are multiplied by the
             norm's factor. Integer convolutions need it. Default: when activations are quantized.
+        linear: How linear layers with codes compute. ``"dequantize"``: from weights that the runtime makes of them,
+            with operators that every runtime knows. ``"packed"``: from codes of up to 4 bits as they are, by
+            ``MatMulNBits`` of ONNX Runtime, with inputs in float32; less memory, and less time where weights are read
+            for few rows of input. ``"packed-int8"``: the same for all widths and in integers, the runtime rounding
+            inputs to 8 bits per row and run of columns as it goes; the fastest.
         dynamic_batch: Leave the first dimension of every input open.
         overwrite: Replace an existing file.
 
@@ -139,6 +146,7 @@ def export_onnx(
         require(package, "onnx")
     if activation_bits not in (7, 8):
         raise ExportError("Unknown width of activations", got=activation_bits, expected="7 or 8")
+    check_linear(linear)
     state = compressed_state(model, solutions or {})
     codes, keys, left = stored_codes(model, state)
     with unquantized(model) as inputs:
@@ -146,20 +154,37 @@ def export_onnx(
     if activations is None and inputs:
         activations = {name: one.grid for name, one in inputs.items()}
     quantized = bool(activations) or calibration is not None
+    if quantized and linear != "dequantize":
+        raise ExportError(
+            "Linear layers from packed codes take inputs in floating point",
+            got=f"linear={linear!r} and ranges of activations",
+            expected="one of the two",
+            remedy="activations={} leaves the ranges out; packed-int8 rounds the inputs of linear layers by itself",
+        )
     on_device = {name: _moved(stored, graph) for name, stored in codes.items()}
     dequantize_weights(graph, on_device)
+    if linear != "dequantize":
+        left |= use_packed_linear(graph, on_device, linear)
     folded = fold_batch_norms(graph) if (quantized if fold_batch_norm is None else fold_batch_norm) else []
     ranges = _quantize(graph, keys, activations, calibration, activation_bits) if quantized else {}
+    dequantized = {name for node, name in graph.weights.items() if node.users}
     graph = finish(graph)
     notes = [f"{name}: {reason}" for name, reason in left.items()]
     if ranges and activation_bits == 8 and (warning := saturation_warning(codes)):
         notes.append(warning)
         _log.warning(warning)
-    bits = {name: stored.bits for name, stored in codes.items()}
+    bits = {name: codes[name].bits for name in dequantized}
     program = _translate(graph, opset_for(bits))
     store_small_codes(program, bits)
     write_whole(target, lambda part: _save(program, part))
     return OnnxExport(target, graph.module, codes, ranges, tuple(folded), tuple(notes))
+
+
+def check_linear(linear: str) -> None:
+    """Raises:
+    ExportError: An unknown kind of linear layer."""
+    if linear not in get_args(LinearKernel):
+        raise ExportError("Unknown kind of linear layers", got=linear, expected=", ".join(get_args(LinearKernel)))
 
 
 def _moved(stored: StoredCodes, graph: Graph) -> StoredCodes:
@@ -194,7 +219,7 @@ def _translate(graph: Graph, opset: int) -> Any:
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=graph.shapes,
-                custom_translation_table=translations(),
+                custom_translation_table=translations() | matmul_translation(),
                 verbose=False,
             )
     except Exception as error:

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_obc.export.ops import StoredCodes
+from lightning_obc.export.ops import StoredCodes, compact_scales
+from lightning_obc.export.packed_linear import NODE, PARTS, PackedCodes
 from lightning_obc.files import PathLike, require
 
 
 def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:
-    """The weights that ``DequantizeLinear`` nodes make from stored codes.
+    """The weights that ``DequantizeLinear`` nodes make from stored codes, and those that ``MatMulNBits`` computes from.
 
     Names are those of the codes without their suffix; equal tensors are stored once, so tied weights appear under one
-    of their names, and ``bits`` is 2, 4 or 8, the width of the stored type.
+    of their names, and ``bits`` is 2, 4 or 8, the width of the stored codes.
     """
     onnx = require("onnx", "onnx")
     graph = onnx.load(str(path)).graph
@@ -24,6 +25,8 @@ def read_onnx_weights(path: PathLike) -> dict[str, StoredCodes]:
     casts = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     weights = {}
     for node in graph.node:
+        if node.op_type == NODE:
+            weights[node.input[1].removesuffix(f"_{PARTS['codes']}")] = _packed_weight(onnx, node, stored)
         if node.op_type != "DequantizeLinear":
             continue
         name = casts.get(node.input[0], node.input[0])
@@ -37,6 +40,18 @@ def _weight(onnx: Any, node: Any, stored: Mapping[str, Any], name: str) -> Store
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     width = {onnx.TensorProto.INT4: 4, getattr(onnx.TensorProto, "INT2", None): 2}.get(stored[name].data_type, 8)
     return StoredCodes(codes, scale, zero, attributes.get("axis", 1), attributes.get("block_size", 0), width)
+
+
+def _packed_weight(onnx: Any, node: Any, stored: Mapping[str, Any]) -> StoredCodes:
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    codes, scale, zero = (_tensor(onnx, stored[key]) for key in node.input[1:4])
+    columns, block, bits = (attributes[key] for key in ("K", "block_size", "bits"))
+    packed = PackedCodes(codes, scale, zero, columns, block, bits)
+    middle = 2 ** (bits - 1)
+    signed, zeros = (part - middle for part in packed.unpack())
+    full = scale.repeat_interleave(block, 1)[:, :columns]
+    compact, points, axis, run = compact_scales(full, zeros)
+    return StoredCodes(signed.to(torch.int8), compact, points.to(torch.int8), axis, run, bits)
 
 
 def _tensor(onnx: Any, proto: Any) -> Tensor:
