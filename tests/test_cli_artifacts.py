@@ -15,6 +15,7 @@ from lightning_obc.export import load_packed, open_session, read_onnx_weights
 
 ROOT = Path(__file__).parents[1]
 BUDGETS = (0.02, 0.005)
+onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 pytest.importorskip("jinja2")
 
@@ -194,6 +195,21 @@ def test_existing_files_are_refused_before_anything_runs(run, onnx_files):
     assert onnx_files[0].read_bytes() == before
     with pytest.raises(SystemExit, match="Only ONNX files"):
         call("export", f"--path={folder}/x", "--format=packed", "--integer=true")
+    with pytest.raises(SystemExit, match="with format packed"):
+        call("export", f"--path={folder}/x", "--format=packed", "--linear=packed")
+
+
+def test_linear_layers_from_packed_codes(run, onnx_files):
+    cli, folder, call = run
+    checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
+    done = call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/packed.onnx", "--linear=packed-int8")
+    assert any("left out" in note for note in done.result.notes)
+    operators = [node.op_type for node in onnx.load(str(folder / "packed.onnx")).graph.node]
+    assert "MatMulNBits" in operators
+    assert "QuantizeLinear" not in operators
+    x = images(cli)
+    same = logits(folder / "packed.onnx", x).argmax(1) == logits(onnx_files[1], x).argmax(1)
+    assert float(same.float().mean()) >= 0.98
 
 
 def test_benchmark_and_report(run, onnx_files, capsys):

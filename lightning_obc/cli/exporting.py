@@ -17,7 +17,14 @@ from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.held import HeldWeights
 from lightning_obc.callbacks.state import PREFIX
 from lightning_obc.errors import ExportError, FingerprintError
-from lightning_obc.export import CompressedWeight, export_onnx, named_layers, save_compressed_tensors, save_packed
+from lightning_obc.export import (
+    CompressedWeight,
+    LinearKernel,
+    export_onnx,
+    named_layers,
+    save_compressed_tensors,
+    save_packed,
+)
 from lightning_obc.files import check_target
 from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
@@ -53,6 +60,7 @@ class ExportOptions:
     calibration: Calibration = field(default_factory=Calibration)
     dynamic_batch: bool = True
     overwrite: bool = False
+    linear: LinearKernel = "dequantize"
 
     def check(self) -> None:
         """Refuse a target that exists before anything runs."""
@@ -65,6 +73,12 @@ class ExportOptions:
         if self.integer and self.format != "onnx":
             raise ExportError(
                 "Only ONNX files compute with integers", got=f"integer with format {self.format}", expected="onnx"
+            )
+        if self.linear != "dequantize" and (self.format != "onnx" or self.integer):
+            raise ExportError(
+                "Linear layers compute from packed codes in ONNX files alone, with inputs in floating point",
+                got=f"linear {self.linear} with format {self.format}, integer {self.integer}",
+                expected="format onnx, integer false",
             )
 
 
@@ -111,6 +125,9 @@ class ExportRun(Callback):
         sample = next(samples)
         grids = {name: inputs.grid for name, inputs in attached(module).items()}
         notes: tuple[str, ...] = ()
+        if options.linear != "dequantize" and grids:
+            notes = (f"ranges of {len(grids)} inputs are left out: linear layers take inputs in floating point",)
+            grids = {}
         if not options.integer and grids and (left := set(grids) - _quantized(weights)):
             grids = {name: grid for name, grid in grids.items() if name not in left}
             notes = tuple(f"{name}: activations stay in floating point, as its weight does" for name in sorted(left))
@@ -122,6 +139,7 @@ class ExportRun(Callback):
             activations=grids,
             calibration=[sample, *samples] if options.integer else None,
             activation_bits=options.activation_bits,
+            linear=options.linear,
             dynamic_batch=options.dynamic_batch,
             overwrite=options.overwrite,
         )

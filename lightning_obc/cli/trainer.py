@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_obc.allocation import SPDY, Recipe, SearchResult
 from lightning_obc.allocation.curve import Method
 from lightning_obc.callbacks import OBCCallback
-from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format
+from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format, LinearKernel
 from lightning_obc.cli.planned import PlanRun
 from lightning_obc.cli.recipes import Applied, RecipeRun
 from lightning_obc.cli.searching import Levels, SearchOptions, SearchRun
@@ -247,6 +247,7 @@ class OBCTrainer(Trainer):
         dynamic_batch: bool = True,
         overwrite: bool = False,
         weights_only: Optional[bool] = None,
+        linear: LinearKernel = "dequantize",
     ) -> Exported:
         """Write a compressed checkpoint as a file that other tools run, after validating it.
 
@@ -268,6 +269,8 @@ class OBCTrainer(Trainer):
             dynamic_batch: ONNX: leave the batch dimension open.
             overwrite: Replace existing files.
             weights_only: Passed on to ``Trainer.validate``.
+            linear: ONNX: ``packed`` lets linear layers compute from codes of 4 bits as they are, ``packed-int8`` in
+                integers too, for ONNX Runtime alone (see :func:`lightning_obc.export_onnx`).
 
         Returns:
             What was written.
@@ -277,7 +280,7 @@ class OBCTrainer(Trainer):
                 compression belongs to another model. MissingExtraError: ONNX without the extra ``onnx``.
         """
         options = ExportOptions(
-            Path(path), format, integer, activation_bits, calibration or Calibration(), dynamic_batch, overwrite
+            Path(path), format, integer, activation_bits, calibration or Calibration(), dynamic_batch, overwrite, linear
         )
         options.check()
         run = ExportRun(options)

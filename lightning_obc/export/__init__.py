@@ -7,6 +7,7 @@ from lightning_obc.export.layer_runner import layer_runner, model_runner
 from lightning_obc.export.onnx_export import OnnxExport, export_onnx
 from lightning_obc.export.onnx_reader import read_onnx_weights
 from lightning_obc.export.packed import PackedFile, load_packed, read_packed, save_packed
+from lightning_obc.export.packed_linear import LinearKernel
 from lightning_obc.export.ranges import ActivationRange
 from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session, slower_files
 from lightning_obc.export.semi_structured import Conversion, Conversions, to_semi_structured
@@ -18,6 +19,7 @@ __all__ = [
     "CompressedWeight",
     "Conversion",
     "Conversions",
+    "LinearKernel",
     "Measurement",
     "OnnxExport",
     "PackedFile",
