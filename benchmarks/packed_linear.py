@@ -21,8 +21,8 @@ import lightning_obc as obc
 from benchmarks.artifacts import environment, nearest_
 from lightning_obc.export import LinearKernel, benchmark, benchmark_table, export_onnx, open_session
 
-GROUPS = obc.IntGrid(4, granularity="group", group_size=128)
-EIGHT = obc.IntGrid(8, symmetric=True)
+GROUPS = obc.IntGrid(4, granularity="group", group_size=128, scale="minmax")
+EIGHT = obc.IntGrid(8, symmetric=True, scale="minmax")
 FILES: tuple[tuple[str, obc.IntGrid | None, LinearKernel], ...] = (
     ("float32", None, "dequantize"),
     ("4 bits, dequantized by the runtime", GROUPS, "dequantize"),
@@ -72,8 +72,8 @@ NETWORKS = (
     Network("Encoder, 6 layers of width 384, one sequence of 16 tokens", encoder, ((1, 16, 384),)),
     Network("Encoder, 6 layers of width 384, one sequence of 128 tokens", encoder, ((1, 128, 384),)),
     Network(
-        "Linear layers of 2 decoder blocks, width 2048, hidden 5632, one token per row",
-        lambda: Step(2048, 5632, 2),
+        "Linear layers of a decoder block, width 2048, hidden 5632, one token per row",
+        lambda: Step(2048, 5632, 1),
         ((1, 2048), (8, 2048)),
     ),
 )

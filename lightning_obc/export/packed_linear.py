@@ -21,7 +21,6 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from lightning_obc.brief import Brief
-from lightning_obc.export.bits import pack_words, unpack_words
 from lightning_obc.export.graph import LINEAR, Graph, insert_tensor
 from lightning_obc.export.ops import NAMESPACE, StoredCodes, spread
 
@@ -156,16 +155,18 @@ def _block_size(scale: Tensor, zero: Tensor, bits: int) -> int | None:
 
 
 def _pack(values: Tensor, bits: int) -> Tensor:
-    """``[N, n]`` codes as ``[N, ceil(n · bits / 8)]`` bytes; rows start at a byte."""
+    """``[N, n]`` codes as ``[N, ceil(n · bits / 8)]`` bytes, the first code of a byte lowest; rows start at a byte."""
     per_byte = 8 // bits
-    padded = F.pad(values, (0, -values.shape[1] % per_byte))
-    packed = torch.from_numpy(pack_words(padded.cpu().numpy().reshape(-1), bits))
-    return packed.reshape(len(values), -1).to(values.device)
+    parts = F.pad(values, (0, -values.shape[1] % per_byte)).unflatten(1, (-1, per_byte)).unbind(-1)
+    packed = torch.zeros_like(parts[0])
+    for index, part in enumerate(parts):
+        packed |= part << (bits * index)
+    return packed.to(torch.uint8)
 
 
 def _unpack(packed: Tensor, count: int, bits: int) -> Tensor:
-    values = unpack_words(packed.cpu().numpy().reshape(-1), bits, packed.numel() * 8 // bits)
-    return torch.from_numpy(values).to(torch.int16).reshape(len(packed), -1)[:, :count].to(packed.device)
+    parts = [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(1)[:, :count].to(torch.int16)
 
 
 def rounded_inputs(x: Tensor, block: int) -> Tensor:
