@@ -10,6 +10,7 @@ from lightning_obc import metrics
 from lightning_obc.callbacks.held import HeldLayer
 from lightning_obc.layers import adapter_for, select_layers
 from lightning_obc.report import StageReport, render
+from lightning_obc.report.tables import figure_cells
 
 
 def model_figures(model: nn.Module, held: Mapping[str, HeldLayer]) -> dict[str, float]:
@@ -57,11 +58,7 @@ def comparison(
     dense: Mapping[str, float], compressed: Mapping[str, float], measured: tuple[str, str], ratio: float
 ) -> str:
     """Dense against compressed validation figures as a table that says when each was measured."""
-    rows = [
-        [name, f"{dense[name]:.4f}", f"{compressed[name]:.4f}", f"{compressed[name] - dense[name]:+.4f}"]
-        for name in compressed
-        if name in dense
-    ]
+    rows = [[name, *figure_cells(dense[name], compressed[name])] for name in compressed if name in dense]
     size = f"all parameters: {ratio:.2f}× smaller than dense float32"
     if not rows:
         return f"{size}; no validation figures: the model logs none, or there is no validation data"

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from lightning_obc.report.charts import Axis, number
+from lightning_obc.report.charts import COLOURS, Axis, number, seconds
 from lightning_obc.report.totals import final_errors, is_told
 
 Row = Mapping[str, Any]
 _DECADES = 8
-_LABELS = 3
 _FAR = 20.0
 _LONGEST = 30
+_SHORT = 12
 
 
 def share(value: float, axis: Axis) -> float:
@@ -55,27 +55,39 @@ def chart(
         {
             "name": bars[0][0]["name"],
             "label": shortened(bars[0][0].get("label", bars[0][0]["name"])),
-            "bars": [_bar(row, share(value, axis), text(value)) for row, value in bars],
-            "text": " · ".join(text(value) for _, value in bars[-2:]),
+            "bars": [_bar(row, share(value, axis), _told(row, value, text)) for row, value in bars],
+            # Of more than two stages the last alone: the others are in the tables, and where the bars are pointed at.
+            "text": " · ".join(_told(row, value, text) for row, value in (bars if len(bars) < 3 else bars[-1:])),
         }
         for bars in rows
     ]
     ticks = [(tick, text(tick)) for tick in axis.ticks()] if ticks is None else ticks
-    stride = max(1, math.ceil(len(ticks) / _LABELS))
     return {
         "title": title,
         "rows": entries,
-        "ticks": [{"left": axis(tick), "text": label} for tick, label in ticks[::stride]],
+        "ticks": [{"left": axis(tick), "text": label} for tick, label in _few(ticks)],
+        "is_long": any(len(entry["label"]) > _SHORT for entry in entries),
     }
 
 
-def _without_prefix(layers: Sequence[Sequence[Row]]) -> list[list[Row]]:
-    """Rows whose label lacks the dotted parts that all names begin with."""
-    parts = [rows[0]["name"].split(".")[:-1] for rows in layers]
+def _few(ticks: Sequence[tuple[float, str]]) -> list[tuple[float, str]]:
+    """At most three: both ends and, where there is one, the middle."""
+    if len(ticks) <= 3:
+        return list(ticks)
+    return [ticks[0], ticks[len(ticks) // 2], ticks[-1]] if len(ticks) % 2 else [ticks[0], ticks[-1]]
+
+
+def _told(row: Row, value: float, text: Callable[[float], str]) -> str:
+    return "kept" if failed(row) and not value else text(value)
+
+
+def without_prefix(names: Sequence[str]) -> dict[str, str]:
+    """Names without the dotted parts that all of them begin with."""
+    parts = [name.split(".")[:-1] for name in names]
     same = 0
-    while len(layers) > 1 and len({tuple(p[: same + 1]) for p in parts}) == 1 and all(len(p) > same for p in parts):
+    while len(names) > 1 and len({tuple(p[: same + 1]) for p in parts}) == 1 and all(len(p) > same for p in parts):
         same += 1
-    return [[{**row, "label": ".".join(row["name"].split(".")[same:])} for row in rows] for rows in layers]
+    return {name: ".".join(name.split(".")[same:]) for name in names}
 
 
 def shortened(name: str) -> str:
@@ -84,7 +96,7 @@ def shortened(name: str) -> str:
 
 
 def _bar(row: Row, length: float, text: str) -> dict[str, Any]:
-    return {"share": length, "text": text, "series": row["series"], "bad": failed(row)}
+    return {"share": length, "text": text, "series": row["series"] % COLOURS, "bad": failed(row)}
 
 
 def failed(row: Row) -> bool:
@@ -104,7 +116,8 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
     """
     if not layers:
         return []
-    layers = _without_prefix(layers)
+    labels = without_prefix([rows[0]["name"] for rows in layers])
+    layers = [[{**row, "label": labels[row["name"]]} for row in rows] for rows in layers]
     errors = [[(row, row["relative_error"]) for row in rows] for rows in layers]
     zeros = [[({**rows[-1], "series": 0, "compressed": True}, rows[-1]["sparsity"])] for rows in layers]
     times = [[(row, row["seconds"]) for row in rows] for rows in layers]
@@ -126,7 +139,7 @@ def bar_charts(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         title = f"Time to solve{', logarithmic' if far else ''} [s]"
         axis = logarithmic([max(value, 0.01) for value in flat[1]]) if far else linear(flat[1])
         ticks = [(tick, f"{number(tick)} s") for tick in axis.ticks()]
-        found.append(chart(title, times, axis, lambda value: f"{value:.2f} s", ticks))
+        found.append(chart(title, times, axis, seconds, ticks))
     return found
 
 
@@ -141,4 +154,4 @@ def _totals(layers: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
         if (total := known.get(rows[0]["name"])) is not None
     ]
     axis = logarithmic([value for row in bars for _, value in row])
-    return [chart("Relative output error of all stages together, logarithmic [%]", bars, axis, percent)]
+    return [chart("Error of all stages together, logarithmic [%]", bars, axis, percent)]

@@ -10,7 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 WIDTH, HEIGHT = 340.0, 200.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44.0, 10.0, 24.0, 36.0
+# Colours of series in the page's style; further series begin again.
+COLOURS = 6
+_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 10.0, 24.0, 36.0
 _LONGEST = 28
 
 
@@ -39,7 +41,7 @@ class Axis:
             if last - first < 1:
                 return _within_decades(self.low, self.high)
             stride = max(1, math.ceil((last - first) / 4))
-            return [10.0**power for power in range(first, last + 1, stride)]
+            return [10.0**power for power in reversed(range(last, first - 1, -stride))]
         span = self.high - self.low or 1.0
         step = 10.0 ** math.floor(math.log10(span / 3))
         step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
@@ -67,6 +69,22 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-2 else f"{value:.2g}"
 
 
+def told_apart(values: Sequence[float]) -> list[str]:
+    """Labels of the ticks of one axis, with as many digits as tell them apart."""
+    texts = [number(value) for value in values]
+    digits = 4
+    while len(set(texts)) < len(set(values)) and digits < 12:
+        texts, digits = [f"{value:.{digits}g}" for value in values], digits + 1
+    return texts
+
+
+def seconds(value: float) -> str:
+    """A time with its unit; a dash for what took none, because it was not measured."""
+    if value <= 0:
+        return "–"
+    return "< 0.001 s" if value < 0.0005 else f"{value:.3f} s" if value < 0.1 else f"{value:.2f} s"
+
+
 def axes(values_x: Sequence[float], values_y: Sequence[float], log_y: bool = False) -> tuple[Axis, Axis]:
     """Axes that hold the values; a logarithmic one runs over whole decades."""
     low_y, high_y = min(values_y), max(values_y)
@@ -89,8 +107,8 @@ def _frame(
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">',
         *(
             f'<line class="grid" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
-            f'<text class="tick" x="{_LEFT - 5:g}" y="{y(t) + 3.5:.1f}" text-anchor="end">{number(t)}</text>'
-            for t in y.ticks()
+            f'<text class="tick" x="{_LEFT - 5:g}" y="{y(t) + 3.5:.1f}" text-anchor="end">{text}</text>'
+            for t, text in zip(y.ticks(), told_apart(y.ticks()), strict=True)
         ),
         _ticks_below(x, x.ticks() if ticks_x is None else ticks_x),
         f'<text class="axis" x="{WIDTH - _RIGHT:g}" y="{HEIGHT - 6:g}" text-anchor="end">{escape(name_x)}</text>',
@@ -105,8 +123,8 @@ def _ticks_below(x: Axis, values: Sequence[float]) -> str:
     base = HEIGHT - _BOTTOM
     marks = [
         f'<line class="grid" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{base:g}" y2="{base + 4:g}"/>'
-        f'<text class="tick" x="{x(t):.1f}" y="{base + 14:g}" text-anchor="middle">{number(t)}</text>'
-        for t in values
+        f'<text class="tick" x="{x(t):.1f}" y="{base + 14:g}" text-anchor="middle">{text}</text>'
+        for t, text in zip(values, told_apart(values), strict=True)
     ]
     return f'<line class="grid" x1="{_LEFT:g}" x2="{WIDTH - _RIGHT:g}" y1="{base:g}" y2="{base:g}"/>{"".join(marks)}'
 
@@ -144,8 +162,10 @@ def scatter(data: Mapping[str, Any], label: str) -> str:
     body = "" if dense is None else _level(dense, x, y)
     for index, name in enumerate(series):
         mine = [p for p in points if str(p.get("series", "")) == name]
-        body += _series(mine, x, y, f" series{index % 3}" if several else "", joined=bool(data.get("joined", True)))
-    body += _legend(series) if several else _labels(points, x, y)
+        body += _series(
+            mine, x, y, f" series{index % COLOURS}" if several else "", joined=bool(data.get("joined", True))
+        )
+    body += _legend(series) if several else _labels(points, x, y, dense)
     return _frame(x, y, str(data.get("x", "")), str(data.get("y", "")), body, label, _points_as_ticks(points, x))
 
 
@@ -195,25 +215,38 @@ def _series(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, colour: str, 
     return body
 
 
-def _labels(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis) -> str:
-    """Names beside their points, each moved down until it covers no other."""
-    body, taken = "", list[tuple[float, float, float]]()
+def _labels(points: Sequence[Mapping[str, Any]], x: Axis, y: Axis, dense: float | None) -> str:
+    """Names beside their points, each where it covers no other, no point and not the level to compare with."""
+    taken = [(x(p["x"]) - 4, y(p["y"]) - 4, x(p["x"]) + 4, y(p["y"]) + 4) for p in points]
+    taken += [] if dense is None else [(x.start, y(dense) - 1, x.end, y(dense) + 1)]
+    body = ""
     for point in points:
         text = str(point.get("label", ""))
         if not text:
             continue
         text = text if len(text) <= _LONGEST else f"…{text[1 - _LONGEST :]}"
-        left, top = x(point["x"]), y(point["y"]) - 6
-        right_half = left > (_LEFT + WIDTH) / 2
-        first = left - (6 + 6 * len(text) if right_half else -6)
-        last = first + 6 * len(text)
-        while any(abs(top - other) < 11 and first < b and a < last for other, a, b in taken):
-            top += 11
-        taken.append((top, first, last))
-        anchor = 'text-anchor="end"' if right_half else 'text-anchor="start"'
-        place = f'x="{left + (-6 if right_half else 6):.1f}" y="{top:.1f}"'
-        body += f'<text class="tick" {place} {anchor}>{escape(text)}</text>'
+        box, anchor = _place(x(point["x"]), y(point["y"]), 6.0 * len(text), taken)
+        taken.append(box)
+        place = f'x="{box[0] if anchor == "start" else box[2]:.1f}" y="{box[3] - 1:.1f}" text-anchor="{anchor}"'
+        body += f'<text class="tick" {place}>{escape(text)}</text>'
     return body
+
+
+_Box = tuple[float, float, float, float]
+
+
+def _place(left: float, top: float, width: float, taken: Sequence[_Box]) -> tuple[_Box, str]:
+    """Box (left, top, right, bottom) and anchor of a name: above or below its point, else the next free line below."""
+    sides = ["end", "start"] if left > (_LEFT + WIDTH) / 2 else ["start", "end"]
+    offsets = [(side, down) for down in (-14.0, 4.0) for side in sides]
+    offsets += [(sides[0], 4.0 + 11.0 * step) for step in range(1, 40)]
+    for side, down in offsets:
+        start = left + 6 if side == "start" else left - 6 - width
+        box = (start, top + down, start + width, top + down + 10)
+        outside = box[0] < 0 or box[2] > WIDTH or box[1] < _TOP - 14
+        if not outside and all(box[2] <= a or c <= box[0] or box[3] <= b or d <= box[1] for a, b, c, d in taken):
+            break
+    return box, side
 
 
 def _legend(names: Sequence[str]) -> str:
@@ -222,7 +255,7 @@ def _legend(names: Sequence[str]) -> str:
     for index in reversed(range(len(names))):
         body += f'<text class="tick" x="{right:g}" y="26" text-anchor="end">{escape(names[index])}</text>'
         right -= 6.1 * len(names[index]) + 10
-        body += f'<circle class="dot series{index % 3}" cx="{right:g}" cy="22.5" r="3.5"/>'
+        body += f'<circle class="dot series{index % COLOURS}" cx="{right:g}" cy="22.5" r="3.5"/>'
         right -= 14
     return body
 
@@ -233,6 +266,9 @@ text { fill: #333; font-size: 10px } .grid { stroke: #ddd } .level { stroke: #88
 .line { fill: none; stroke-width: 1.6; stroke: #2563eb } .dot { fill: #2563eb }
 .line.series1 { stroke: #d97706 } .dot.series1 { fill: #d97706 }
 .line.series2 { stroke: #059669 } .dot.series2 { fill: #059669 }
+.line.series3 { stroke: #7c3aed } .dot.series3 { fill: #7c3aed }
+.line.series4 { stroke: #be185d } .dot.series4 { fill: #be185d }
+.line.series5 { stroke: #57534e } .dot.series5 { fill: #57534e }
 """
 
 
@@ -281,7 +317,7 @@ def histogram(data: Mapping[str, Any], label: str) -> str:
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}">'
         f"{scale}{body}{_ticks_below(x, [t for t in x.ticks() if not levels or t == round(t)])}"
         f'<text class="axis" x="{WIDTH - _RIGHT:g}" y="{HEIGHT - 6:g}" text-anchor="end">{name}</text>'
-        f'<text class="axis" x="2" y="11">weights, √ scale</text></svg>'
+        f'<text class="axis" x="2" y="11">number of weights, √ scale</text></svg>'
     )
 
 

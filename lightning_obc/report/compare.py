@@ -9,11 +9,10 @@ from typing import Any, Union
 
 from lightning_obc.errors import FingerprintError, SpecError
 from lightning_obc.report import charts
-from lightning_obc.report.bars import percent
 from lightning_obc.report.document import write_formats
 from lightning_obc.report.html import page, safe
 from lightning_obc.report.record import Record, last_rows, load_record
-from lightning_obc.report.tables import markdown
+from lightning_obc.report.tables import figure_cells, markdown
 from lightning_obc.report.totals import final_errors
 
 
@@ -53,7 +52,7 @@ def _cell(row: Mapping[str, Any] | None, known: Mapping[str, float | None]) -> d
 def _error(run: Mapping[str, Any]) -> tuple[float, str]:
     """What a layer has lost in all stages or, where that is not known, in its last; and which of the two it is."""
     total = run["total_error"]
-    return (run["relative_error"], " (last stage)") if total is None else (total, "")
+    return (run["relative_error"], "last stage alone") if total is None else (total, "")
 
 
 def _summary(records: Mapping[str, Record]) -> list[list[str]]:
@@ -65,7 +64,7 @@ def _summary(records: Mapping[str, Record]) -> list[list[str]]:
         row("layers compressed", lambda record: str(sum(entry["compressed"] for entry in last_rows(record)))),
         row("zeros [%]", lambda record: _size(record, "sparsity", 100)),
         row("bits per weight", lambda record: _size(record, "bits_per_weight", 1)),
-        row("summed loss", lambda record: f"{sum(entry['loss'] for entry in last_rows(record)):.4g}"),
+        row("summed loss of last stages", lambda record: f"{sum(entry['loss'] for entry in last_rows(record)):.4g}"),
         row("time [s]", _time),
     ]
     figures = dict.fromkeys(name for record in records.values() for name in record["figures"])
@@ -91,7 +90,7 @@ def _size(record: Record, key: str, factor: float) -> str:
 
 def _figure(record: Record, name: str, index: int) -> str:
     pair = record["figures"].get(name)
-    return "–" if pair is None else f"{pair[index]:.4f}"
+    return "–" if pair is None else figure_cells(*pair)[index]
 
 
 def _trade_off(records: Mapping[str, Record]) -> dict[str, Any] | None:
@@ -118,7 +117,6 @@ def render_comparison_html(comparison: Mapping[str, Any]) -> str:
         "compare.html",
         comparison=comparison,
         trade_off=safe(charts.scatter(trade_off, "Trade-off")) if trade_off else None,
-        percent=percent,
         error=_error,
     )
 
@@ -139,7 +137,7 @@ def render_comparison_markdown(comparison: Mapping[str, Any]) -> str:
 
 
 def _plain(error: float, note: str) -> str:
-    return charts.number(100 * error) + note
+    return charts.number(100 * error) + (f" ({note})" if note else "")
 
 
 def compare_reports(

@@ -11,10 +11,11 @@ from typing import Any, Union
 
 from lightning_obc.errors import SpecError
 from lightning_obc.files import check_target, write_whole
+from lightning_obc.report.bars import failed
 from lightning_obc.report.charts import number
-from lightning_obc.report.html import left_dense, render_html, tiles, trade_off_rows
+from lightning_obc.report.html import correction, left_dense, render_html, tiles, trade_off_rows
 from lightning_obc.report.record import WORK, Record, bits_text, work_rows
-from lightning_obc.report.tables import markdown
+from lightning_obc.report.tables import figure_cells, markdown
 from lightning_obc.report.totals import is_told, note
 
 
@@ -27,6 +28,9 @@ def render_markdown(record: Record) -> str:
     """The report's tables as Markdown."""
     parts = [f"# {record['title']}", *_summary(record)]
     parts += [_stage(stage) for stage in record["stages"]]
+    for one in map(correction, record["corrections"]):
+        rows = [[row[key] for key in ("name", "type", "before", "after", "note")] for row in one["rows"]]
+        parts.append(markdown(one["title"], ("layer", "type", "distance before", "after", "status"), rows))
     parts += [text] if (text := note(record["stages"])) else []
     left = [f"- `{name}`: {reason}" for name, reason in left_dense(record)]
     parts.append("\n".join(["## Left dense", "", *(left or ["Nothing."])]))
@@ -43,7 +47,7 @@ def render_markdown(record: Record) -> str:
 def _summary(record: Record) -> list[str]:
     parts = ["\n".join(f"- {tile['name']}: {tile['value']}" for tile in tiles(record))]
     if record["figures"]:
-        rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in record["figures"].items()]
+        rows = [[name, *figure_cells(*pair)] for name, pair in record["figures"].items()]
         parts.append(markdown("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
     parts += ["\n".join(f"- {note}" for note in record["notes"])] if record["notes"] else []
     if data := record["trade_off"]:
@@ -77,8 +81,8 @@ def _stage(stage: dict[str, Any]) -> str:
             "×".join(map(str, row["shape"])),
             f"{100 * row['sparsity']:.1f}",
             bits_text(row),
-            f"{row['loss']:.4g}",
-            number(100 * row["relative_error"]),
+            "–" if failed(row) else f"{row['loss']:.4g}",
+            "–" if failed(row) else number(100 * row["relative_error"]),
             "–" if row["held_out"] is None else number(100 * row["held_out"]),
             f"{row['seconds']:.2f}",
             row["status"].replace("|", "\\|"),

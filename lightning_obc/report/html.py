@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from lightning_obc.files import require
 from lightning_obc.report import charts, totals
-from lightning_obc.report.bars import bar_charts, failed, percent
+from lightning_obc.report.bars import bar_charts, failed, percent, without_prefix
 from lightning_obc.report.record import WORK, Record, bits_text, last_rows, work_rows
+from lightning_obc.report.tables import figure_cells
 
 MOST = 24
+_ROOM = 24
 _HERE = Path(__file__).parent
 
 
@@ -26,7 +29,14 @@ def page(template: str, **values: Any) -> str:
     """A template of this folder, filled; strings are escaped unless marked as safe."""
     text = (_HERE / template).read_text(encoding="utf-8")
     style = safe((_HERE / "style.css").read_text(encoding="utf-8"))
-    rendered: str = _environment().from_string(text).render(style=style, **values)
+    helpers = {
+        "percent": percent,
+        "failed": failed,
+        "breakable": breakable,
+        "is_long": is_long,
+        "seconds": charts.seconds,
+    }
+    rendered: str = _environment().from_string(text).render(style=style, colours=charts.COLOURS, **helpers, **values)
     return rendered
 
 
@@ -56,8 +66,7 @@ def render_html(record: Record) -> str:
         trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
         points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
         bits_text=bits_text,
-        percent=percent,
-        failed=failed,
+        figure_cells=figure_cells,
         is_told=totals.is_told,
         several=any(totals.is_told(stage["layers"]) for stage in record["stages"]),
         unknown=totals.note(record["stages"]),
@@ -65,21 +74,41 @@ def render_html(record: Record) -> str:
         work_columns=WORK,
         stages=[stage["stage"] for stage in record["stages"]],
         curves=_curves(record["curves"]),
-        histograms=[(name, safe(charts.histogram(data, f"Weights of {name}"))) for name, data in histograms.items()],
+        histograms=_histograms(histograms),
         has_before=any(data["before"] for data in histograms.values()),
-        corrections=[_correction(correction) for correction in record["corrections"]],
+        corrections=[correction(one) for one in record["corrections"]],
         left=left_dense(record),
     )
 
 
 def _curves(curves: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
     """Charts of the loss curves of every stage, with its name; of many layers the first ones."""
-    stages: dict[str, list[tuple[str, Any]]] = {}
+    stages: dict[str, list[Mapping[str, Any]]] = {}
     for one in curves:
-        label = f"Loss curve of {one['name']} {one['stage']}"
-        if len(charts_of := stages.setdefault(one["stage"], [])) < MOST:
-            charts_of.append((one["name"], safe(charts.curve(one["points"], one["x"], "relative error", label))))
-    return list(stages.items())
+        if len(shown := stages.setdefault(one["stage"], [])) < MOST:
+            shown.append(one)
+    labels = without_prefix([one["name"] for shown in stages.values() for one in shown])
+    return [(stage, [(labels[one["name"]], _curve(one)) for one in shown]) for stage, shown in stages.items()]
+
+
+def _curve(one: Mapping[str, Any]) -> Any:
+    label = f"Loss curve of {one['name']} {one['stage']}"
+    return safe(charts.curve(one["points"], one["x"], "relative error", label))
+
+
+def _histograms(data: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    labels = without_prefix(list(data))
+    return [(labels[name], safe(charts.histogram(one, f"Weights of {name}"))) for name, one in data.items()]
+
+
+def breakable(name: str) -> Any:
+    """A dotted name that may be folded behind its dots and underscores."""
+    return safe(re.sub(r"([._])", r"\1<wbr>", str(require("markupsafe", "report").escape(name))))
+
+
+def is_long(names: Iterable[str]) -> bool:
+    """True where names would leave a table no room for anything else."""
+    return max(map(len, names), default=0) > _ROOM
 
 
 def _order(record: Record) -> list[str]:
@@ -129,7 +158,7 @@ def layer_rows(record: Record, names: Sequence[str]) -> list[list[dict[str, Any]
     for index, stage in enumerate(record["stages"]):
         for row in stage["layers"]:
             if row["name"] in found:
-                found[row["name"]].append(row | {"series": index % 3})
+                found[row["name"]].append(row | {"series": index})
     return list(found.values())
 
 
@@ -146,7 +175,8 @@ def left_dense(record: Record) -> list[tuple[str, str]]:
     return [(name or "the model itself", reason) for name, reason in found.items()]
 
 
-def _correction(correction: Mapping[str, Any]) -> dict[str, Any]:
+def correction(done: Mapping[str, Any]) -> dict[str, Any]:
+    """A correction as a title and rows of cells."""
     rows = [
         {
             "name": row["name"],
@@ -155,7 +185,7 @@ def _correction(correction: Mapping[str, Any]) -> dict[str, Any]:
             "after": "–" if row["after"] is None else f"{row['after']:.4g}",
             "note": row["note"] or "ok",
         }
-        for row in correction["layers"]
+        for row in done["layers"]
     ]
-    title = f"Correction: {correction['method']}, {correction['batches']} batches, {correction['seconds']:.1f} s"
+    title = f"Correction: {done['method']}, {done['batches']} batches, {done['seconds']:.1f} s"
     return {"title": title, "rows": rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,13 +22,14 @@ _SHORT = 8
 
 def layer_cells(layer: LayerReport) -> list[str]:
     """One row of the per-layer table."""
+    kept = not layer.compressed and layer.status.startswith("kept")
     return [
         layer.name,
         "×".join(map(str, layer.shape)),
         f"{100 * layer.sparsity:.1f}",
         f"{layer.bits}" if layer.input_bits is None else f"{layer.bits}, input {layer.input_bits}",
-        f"{layer.loss:.4g}",
-        f"{100 * layer.relative_error:.3g}",
+        "–" if kept else f"{layer.loss:.4g}",
+        "–" if kept else f"{100 * layer.relative_error:.3g}",
         f"{layer.seconds:.2f}",
         _short(layer),
     ]
@@ -65,6 +67,13 @@ def stage_table(stage: StageReport) -> str:
     return "\n".join([render(title, columns, rows), note, *notes, *apart_lines, *left])
 
 
+def figure_cells(dense: float, compressed: float) -> tuple[str, str, str]:
+    """Two figures and their difference, with four places behind the point, or more of figures below 0.1."""
+    largest = max(abs(dense), abs(compressed))
+    places = 4 if largest >= 0.1 or not largest > 1e-9 else 3 - math.floor(math.log10(largest))
+    return f"{dense:.{places}f}", f"{compressed:.{places}f}", f"{compressed - dense:+.{places}f}"
+
+
 def correction_table(correction: CorrectionReport) -> str:
     """Per-layer table of one correction, and what was left out."""
     rows = [
@@ -82,10 +91,7 @@ def report_table(report: CompressionReport) -> str:
     parts = [stage_table(stage) for stage in report.stages]
     parts += [correction_table(correction) for correction in report.corrections]
     if report.figures:
-        rows = [
-            [name, f"{dense:.4f}", f"{small:.4f}", f"{small - dense:+.4f}"]
-            for name, (dense, small) in report.figures.items()
-        ]
+        rows = [[name, *figure_cells(*pair)] for name, pair in report.figures.items()]
         parts.append(render("Dense against compressed", ("figure", "dense", "compressed", "change"), rows))
     parts += by_reason(report.left_dense, "not compressible", "not compressible")
     return "\n\n".join(parts)
@@ -100,7 +106,7 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
     except ImportError:
         return markdown(title, columns, rows)
     # Text objects, because Rich would read square brackets in strings as markup.
-    table = Table(title=Text(title), title_justify="left")
+    table = Table()
     cells = list(zip(*rows, strict=True)) if rows else [()] * len(columns)
     heads = [_folded(column, max(map(len, below), default=0)) for column, below in zip(columns, cells, strict=True)]
     for index, head in enumerate(heads):
@@ -109,10 +115,11 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) ->
         table.add_row(*map(Text, row))
     # Wide enough for every cell: a table in a log file must not depend on the terminal it was started from.
     widths = [max(map(len, (*head.split("\n"), *below))) for head, below in zip(heads, cells, strict=True)]
-    console = Console(width=max(len(title), sum(widths) + 3 * len(widths) + 1), color_system=None, record=False)
+    console = Console(width=sum(widths) + 3 * len(widths) + 1, color_system=None, record=False)
     with console.capture() as capture:
         console.print(table)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").splitlines())
+    # The title by itself: as one of the table it would be folded to the table's width.
+    return "\n".join([title, *(line.rstrip() for line in capture.get().rstrip("\n").splitlines())])
 
 
 def _folded(head: str, room: int) -> str:

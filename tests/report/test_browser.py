@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import Browser, missing
@@ -30,7 +31,21 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     for seed in (0, 1):
         save_report(sample_record(4 - seed, seed), folder / f"run{seed}")
     compare_reports([folder / "run0.json", folder / "run1.json"], folder / "both")
-    return {"report": folder / "run0.html", "comparison": folder / "both.html"}
+    save_report(long_names(), folder / "long", formats=["html"])
+    return {"report": folder / "run0.html", "comparison": folder / "both.html", "names": folder / "long.html"}
+
+
+def long_names() -> dict[str, Any]:
+    """A record whose layers differ at the beginning and the end of names that are too long for any place."""
+    record = sample_record()
+    names = {name: f"encoder.{name}.attention_query_projection_with_rotary_embedding" for name in "0134"}
+    for stage in record["stages"]:
+        for row in stage["layers"]:
+            row["name"] = names[row["name"]]
+    for curve in record["curves"]:
+        curve["name"] = names[curve["name"]]
+    record["histograms"] = {names[name]: data for name, data in record["histograms"].items()}
+    return record
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
@@ -58,6 +73,31 @@ def test_the_page_looks_right(browser, pages, name, view, dark, tmp_path):
     shot = Path(os.environ.get("REPORT_SCREENSHOTS", tmp_path)) / f"{name}-{view}-{'dark' if dark else 'light'}.png"
     browser.screenshot(shot)
     assert shot.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", ["report", "comparison", "names"])
+def test_nothing_is_cut_and_nothing_covers_another(browser, pages, name, view):
+    width, height, mobile = VIEWS[view]
+    browser.open(pages[name], width, height, mobile)
+    cut = """[...document.querySelectorAll('.label, figcaption, .amount, .tile div, td, th, h1, h2, h3')].filter(
+        e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)"""
+    assert browser.run(cut) == []
+    boxes = """[...document.querySelectorAll('svg, .ticks')].flatMap(s => {
+        const texts = [...s.querySelectorAll('text, span')].map(e => [e.textContent, e.getBoundingClientRect()]);
+        const frame = s.getBoundingClientRect();
+        const outside = texts.filter(([_, r]) => s.tagName === 'svg' && (
+            r.left < frame.left - 1 || r.right > frame.right + 1 || r.top < frame.top - 1));
+        const covered = texts.filter(([_, r], i) => texts.some(([_, q], j) => i < j && r.left < q.right - 1
+            && q.left < r.right - 1 && r.top + 2 < q.bottom - 1 && q.top + 2 < r.bottom - 1));
+        return [...outside, ...covered].map(([text, _]) => text)})"""
+    assert browser.run(boxes) == []
+    # Next to names that leave no room, a bar or a table has still some.
+    assert browser.run("Math.min(...[...document.querySelectorAll('.track')].map(e => e.clientWidth), 999)") >= 120
+    assert (
+        browser.run("Math.max(...[...document.querySelectorAll('td:first-child')].map(e => e.clientWidth))")
+        < 0.5 * width
+    )
 
 
 def _luminance(colour: str) -> float:

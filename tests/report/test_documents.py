@@ -39,7 +39,7 @@ pytest.importorskip("jinja2")
 class Balanced(HTMLParser):
     """Checks that elements are closed in order, and collects what a browser would load."""
 
-    VOID = frozenset({"meta", "link", "line", "circle", "rect", "path", "br"})
+    VOID = frozenset({"meta", "link", "line", "circle", "rect", "path", "br", "wbr"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ def test_axes_and_ticks():
 def test_points_of_a_curve_lie_where_their_values_say():
     svg = charts.curve([(0, 1e-3), (1, 1e-1), (0.5, 1e-2)], "sparsity", "error", "curve")
     dots = [tuple(map(float, pair)) for pair in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg)]
-    assert [x for x, _ in dots] == pytest.approx([44, 187, 330])
+    assert [x for x, _ in dots] == pytest.approx([50, 190, 330])
     heights = [y for _, y in dots]
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
     assert heights[0] > heights[2]
@@ -239,6 +239,28 @@ def test_bars_are_as_long_as_their_values():
         assert all(0 <= tick["left"] <= 100 for tick in chart["ticks"])
 
 
+def names_of(svg: str) -> dict[str, tuple[float, float, float, float]]:
+    """Boxes of the names of points: left, top, right, bottom, at 6 units a letter."""
+    boxes = {}
+    for x, y, anchor, text in re.findall(r'class="tick" x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([a-z]+)<', svg):
+        left = float(x) - (6 * len(text) if anchor == "end" else 0)
+        boxes[text] = (left, float(y) - 9, left + 6 * len(text), float(y) + 1)
+    return boxes
+
+
+def covered(svg: str) -> list[tuple[str, str]]:
+    """Names that cover another name, a point or the dashed level."""
+    boxes = names_of(svg)
+    for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', svg):
+        boxes[f"{x} {y}"] = (float(x) - 3, float(y) - 3, float(x) + 3, float(y) + 3)
+    for y in re.findall(r'class="level" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', svg)[:1]:
+        boxes["level"] = (50, float(y), 330, float(y))
+    pairs = [(a, b) for a in names_of(svg) for b in boxes if a != b]
+    return [
+        (a, b) for a, b in pairs if all(boxes[a][i] < boxes[b][i + 2] and boxes[b][i] < boxes[a][i + 2] for i in (0, 1))
+    ]
+
+
 def test_a_trade_off_names_its_series_and_its_baseline():
     points = [{"x": x, "y": y, "series": name} for name in ("uniform", "SPDY") for x, y in ((0.1, 0.9), (0.01, 0.8))]
     svg = charts.scatter({"x": "share", "y": "accuracy", "points": points, "dense": 0.95, "log": True}, "Trade-off")
@@ -249,9 +271,8 @@ def test_a_trade_off_names_its_series_and_its_baseline():
     lone = [{"x": 1, "y": 0.5, "label": name * 20} for name in "ab"]
     svg = charts.scatter({"x": "bits", "y": "accuracy", "points": lone, "joined": False}, "Runs")
     assert "<path" not in svg
-    tops = [float(top) for top in re.findall(r'y="([\d.]+)" text-anchor="\w+">[ab]{9}', svg)]
-    assert len(tops) == 2
-    assert abs(tops[0] - tops[1]) >= 11, "labels of equal points must not cover each other"
+    assert len(names_of(svg)) == 2
+    assert not covered(svg), "labels of equal points must not cover each other"
 
 
 def test_specifications_are_shown_as_code_that_makes_them_again():
@@ -381,8 +402,19 @@ def test_a_layer_that_a_search_leaves_dense_has_not_failed():
 def test_names_of_points_keep_their_place_unless_they_cover_each_other():
     points = [{"x": x, "y": 1.0, "label": label} for x, label in ((1, "left"), (2, "near"), (1.001, "same"))]
     svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points}, "Trade-off")
-    height = {label: float(y) for y, label in re.findall(r'y="([\d.]+)"[^>]*>(left|near|same)<', svg)}
-    assert height["left"] == height["near"] != height["same"]
+    names = names_of(svg)
+    assert names["left"][1] == names["near"][1]
+    assert not covered(svg)
+    # A point on the level to compare with is named below it, not across it.
+    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points[:1], "dense": 1.0}, "Trade-off")
+    assert not covered(svg)
+
+
+def test_ticks_close_to_each_other_have_digits_enough():
+    points = [{"x": x, "y": y} for x, y in ((1, 0.002405), (2, 0.002481))]
+    svg = charts.scatter({"x": "bits", "y": "loss", "points": points}, "Trade-off")
+    ticks = re.findall(r'text-anchor="end">(0\.00[\d]+)<', svg)
+    assert ticks == ["0.0024", "0.00242", "0.00244", "0.00246", "0.00248"]
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):
