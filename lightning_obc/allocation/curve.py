@@ -21,6 +21,7 @@ from lightning_obc.errors import BudgetError
 from lightning_obc.files import write_whole
 from lightning_obc.obs import LayerSolution
 from lightning_obc.report import charts, markdown, render
+from lightning_obc.report.scatter import scatter
 
 Method = Literal["uniform", "dp", "spdy"]
 COLUMNS = ("budget", "method", "cost", "reduction", "metric", "change", "calibration loss")
@@ -178,7 +179,7 @@ class SearchResult:
             MissingExtraError: matplotlib is not installed.
         """
         if Path(path).suffix == ".svg":
-            _write_text(Path(path), charts.standalone(charts.scatter(self.chart(), "Trade-off")))
+            _write_text(Path(path), charts.standalone(scatter(self.chart(), "Trade-off")))
             return
         draw_curve(self.to_dict(), path)
 

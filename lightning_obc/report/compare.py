@@ -12,6 +12,7 @@ from lightning_obc.report import charts
 from lightning_obc.report.document import write_formats
 from lightning_obc.report.html import page, safe
 from lightning_obc.report.record import Record, last_rows, load_record
+from lightning_obc.report.scatter import scatter
 from lightning_obc.report.tables import figure_cells, markdown
 from lightning_obc.report.totals import final_errors
 
@@ -116,7 +117,7 @@ def render_comparison_html(comparison: Mapping[str, Any]) -> str:
     return page(
         "compare.html",
         comparison=comparison,
-        trade_off=safe(charts.scatter(trade_off, "Trade-off")) if trade_off else None,
+        trade_off=safe(scatter(trade_off, "Trade-off")) if trade_off else None,
         error=_error,
     )
 

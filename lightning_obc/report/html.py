@@ -12,6 +12,7 @@ from lightning_obc.files import require
 from lightning_obc.report import charts, totals
 from lightning_obc.report.bars import bar_charts, failed, percent, without_prefix
 from lightning_obc.report.record import WORK, Record, bits_text, last_rows, work_rows
+from lightning_obc.report.scatter import scatter
 from lightning_obc.report.tables import figure_cells
 
 MOST = 24
@@ -63,7 +64,7 @@ def render_html(record: Record) -> str:
         bars=bars,
         timed=any(chart["title"].startswith("Time") for chart in bars),
         omitted=len(rows) - len(shown),
-        trade_off=safe(charts.scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
+        trade_off=safe(scatter(record["trade_off"], "Trade-off")) if record["trade_off"] else None,
         points=trade_off_rows(record["trade_off"]) if record["trade_off"] else [],
         bits_text=bits_text,
         figure_cells=figure_cells,

@@ -32,6 +32,8 @@ from lightning_obc.report import (
 )
 from lightning_obc.report.bars import bar_charts, logarithmic
 from lightning_obc.report.html import layer_rows
+from lightning_obc.report.scatter import scatter
+from lightning_obc.report.tables import figure_cells
 
 pytest.importorskip("jinja2")
 
@@ -263,13 +265,13 @@ def covered(svg: str) -> list[tuple[str, str]]:
 
 def test_a_trade_off_names_its_series_and_its_baseline():
     points = [{"x": x, "y": y, "series": name} for name in ("uniform", "SPDY") for x, y in ((0.1, 0.9), (0.01, 0.8))]
-    svg = charts.scatter({"x": "share", "y": "accuracy", "points": points, "dense": 0.95, "log": True}, "Trade-off")
+    svg = scatter({"x": "share", "y": "accuracy", "points": points, "dense": 0.95, "log": True}, "Trade-off")
     assert ">0.01</text>" in svg
     assert ">0.1</text>" in svg
     assert ">dense 0.95</text>" in svg
     assert svg.count("<path") == 2
     lone = [{"x": 1, "y": 0.5, "label": name * 20} for name in "ab"]
-    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": lone, "joined": False}, "Runs")
+    svg = scatter({"x": "bits", "y": "accuracy", "points": lone, "joined": False}, "Runs")
     assert "<path" not in svg
     assert len(names_of(svg)) == 2
     assert not covered(svg), "labels of equal points must not cover each other"
@@ -348,6 +350,55 @@ def test_a_run_saves_its_own_report(tmp_path):
     assert "before" in page
 
 
+def test_the_error_of_all_stages_is_in_every_page():
+    """Of layer 0 it is known, of 1 and 3 something has moved the weights in between; 4 is kept after one stage."""
+    record = sample_record()
+    for row in record["stages"][0]["layers"]:
+        row["total_error"] = row["relative_error"]
+    for row in record["stages"][1]["layers"]:
+        row["total_error"] = 0.375 if row["name"] == "0" else None
+    html, text = render_html(record), render_markdown(record)
+    assert html.count('<th class="n">all stages</th>') == 1
+    assert html.count("37.5 %") >= 2, "in the table and at its bar"
+    assert "Error of all stages together" in html
+    assert text.count("all stages [%]") == 1
+    for page in (html, text):
+        assert "2 layers have no error of all stages: training or a correction" in page
+    runs = {row["name"]: row["runs"] for row in compare_records({"a": record, "b": sample_record(3)})["layers"]}
+    assert [runs[name][0]["total_error"] for name in "0134"] == [0.375, None, None, pytest.approx(1e-4)]
+    older = sample_record()
+    for stage in older["stages"]:
+        for row in stage["layers"]:
+            del row["total_error"]
+    assert "all stages" not in render_html(older).replace("no error of all stages", "")
+    assert compare_records({"a": older, "b": record})["layers"][3]["runs"][0]["total_error"] == pytest.approx(1e-4)
+
+
+def test_a_layer_that_was_kept_has_no_error():
+    record = sample_record()
+    kept = next(line for line in render_markdown(record).splitlines() if "Cholesky" in line and line.startswith("|"))
+    assert [cell.strip() for cell in kept.split("|")[6:8]] == ["–", "–"]
+    error = bar_charts(layer_rows(record, ["4"]))[0]
+    assert error["rows"][0]["text"].endswith(" · kept")
+
+
+def test_figures_and_times_have_digits_enough():
+    assert figure_cells(0.99, 0.97) == ("0.9900", "0.9700", "-0.0200")
+    assert figure_cells(0.002483, 0.002405) == ("0.002483", "0.002405", "-0.000078")
+    assert figure_cells(0.0, 0.0) == ("0.0000", "0.0000", "+0.0000")
+    assert figure_cells(math.nan, 0.5)[1] == "0.5000"
+    assert [charts.seconds(value) for value in (0, 1e-5, 0.0123, 2.5)] == ["–", "< 0.001 s", "0.012 s", "2.50 s"]
+
+
+def test_every_one_of_six_stages_has_a_colour_of_its_own():
+    rows = [{"name": "a", "relative_error": 0.1, "sparsity": 0.5, "seconds": 1.0, "series": k} for k in range(6)]
+    bars = bar_charts([[row | {"compressed": True, "status": "ok"} for row in rows]])[0]["rows"][0]["bars"]
+    assert [bar["series"] for bar in bars] == list(range(6))
+    page = render_html(sample_record())
+    colours = [re.findall(rf"\.fill\.series{k}{{background:([^}}]+)}}", page) for k in range(1, 6)]
+    assert len({colour[0] for colour in colours} | {"var(--first)"}) == 6
+
+
 def test_runs_side_by_side(tmp_path):
     records = {"a": sample_record(4, 0), "b": sample_record(3, 1)}
     comparison = compare_records(records)
@@ -401,18 +452,18 @@ def test_a_layer_that_a_search_leaves_dense_has_not_failed():
 
 def test_names_of_points_keep_their_place_unless_they_cover_each_other():
     points = [{"x": x, "y": 1.0, "label": label} for x, label in ((1, "left"), (2, "near"), (1.001, "same"))]
-    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points}, "Trade-off")
+    svg = scatter({"x": "bits", "y": "accuracy", "points": points}, "Trade-off")
     names = names_of(svg)
     assert names["left"][1] == names["near"][1]
     assert not covered(svg)
     # A point on the level to compare with is named below it, not across it.
-    svg = charts.scatter({"x": "bits", "y": "accuracy", "points": points[:1], "dense": 1.0}, "Trade-off")
+    svg = scatter({"x": "bits", "y": "accuracy", "points": points[:1], "dense": 1.0}, "Trade-off")
     assert not covered(svg)
 
 
 def test_ticks_close_to_each_other_have_digits_enough():
     points = [{"x": x, "y": y} for x, y in ((1, 0.002405), (2, 0.002481))]
-    svg = charts.scatter({"x": "bits", "y": "loss", "points": points}, "Trade-off")
+    svg = scatter({"x": "bits", "y": "loss", "points": points}, "Trade-off")
     ticks = re.findall(r'text-anchor="end">(0\.00[\d]+)<', svg)
     assert ticks == ["0.0024", "0.00242", "0.00244", "0.00246", "0.00248"]
 
