@@ -112,6 +112,7 @@ def _scratch(blocks: int, size: int, columns: int, dtype: np.dtype[Any]) -> Bloc
         best=floats(places // LANES),
         right=np.zeros(length),
         unit=np.zeros(length),
+        moved=np.zeros(length),
         column=integers(),
         block=integers(places),
         place=integers(places),

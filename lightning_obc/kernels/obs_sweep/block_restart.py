@@ -8,6 +8,7 @@ import numpy as np
 from lightning_obc.kernels.obs_sweep.block_state import BlockOptions, BlockProblem, BlockScratch, room
 from lightning_obc.kernels.obs_sweep.jit import STRICT
 from lightning_obc.kernels.obs_sweep.packed import at, invert_
+from lightning_obc.kernels.obs_sweep.restart import along
 
 _jit = numba.njit(**STRICT)
 
@@ -24,7 +25,6 @@ def restart(row: int, p: BlockProblem, s: BlockScratch, o: BlockOptions) -> int:
     for i in range(size):
         column = s.column[i]
         s.unit[i] = 1 / np.sqrt(hessian[column, column]) if column >= 0 else 1
-        s.right[i] = 0
     for j in range(size):
         for i in range(j):
             both = s.column[i] >= 0 and s.column[j] >= 0
@@ -32,12 +32,13 @@ def restart(row: int, p: BlockProblem, s: BlockScratch, o: BlockOptions) -> int:
         s.packed64[at(j, j)] = 1
     if invert_(s.packed64, size, s.panel64, o.narrow_steps, o.flush_width64, o.panel_width64) > 0:
         return -1
+    moves = False
     for column in range(p.weight.shape[1]):
-        if s.fixed[column] and p.weight[row, column] != 0:
-            line, moved = hessian[column], np.float64(p.weight[row, column])
-            for i in range(size):
-                if s.column[i] >= 0:
-                    s.right[i] += moved * line[s.column[i]] * s.unit[i]
+        s.moved[column] = np.float64(p.weight[row, column]) if s.fixed[column] else 0.0
+        moves |= s.moved[column] != 0
+    for i in range(size):
+        column = s.column[i]
+        s.right[i] = along(s.moved, hessian[column]) * s.unit[i] if moves and column >= 0 else 0.0
     for i in range(size):
         s.weight[i] = 0
         if s.column[i] >= 0:

@@ -39,7 +39,7 @@ from lightning_obc.kernels.obs_sweep.packed import (
     plan_moves,
 )
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS
-from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
+from lightning_obc.kernels.obs_sweep.types import REFRESH, cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
 # Passing a whole Scratch costs more than a team's arithmetic, so what runs every step is inlined.
@@ -51,7 +51,7 @@ CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
 @_jit
 def _sweep_row(row: int, p: BlockProblem, out: BlockResult, s: BlockScratch, o: BlockOptions) -> tuple[int, bool]:
     forced, places, done, status = _begin(row, p, s, o), p.members.shape[0], 0, CONTINUE
-    source, fresh, taken = p.packed[row // o.rows], True, 0
+    source, fresh, taken, free = p.packed[row // o.rows], True, 0, places
     if _cheaper_to_invert(p.weight.shape[1], forced):
         for k in range(forced):
             s.fixed[s.zeros[k]] = True
@@ -61,7 +61,7 @@ def _sweep_row(row: int, p: BlockProblem, out: BlockResult, s: BlockScratch, o: 
             places = restart(row, p, s, o)
             if places <= 0:
                 return done, places < 0
-            source, fresh = s.packed, True
+            source, fresh, free = s.packed, True, places
         _load_panel(source, places, fresh, s, o)
         size = room(places) * o.size
         steps = o.steps if size > o.narrow else o.narrow_steps
@@ -69,6 +69,8 @@ def _sweep_row(row: int, p: BlockProblem, out: BlockResult, s: BlockScratch, o: 
         status, done, taken, depth = _panel(row, source, places, done, taken, forced, steps, fresh, p, out, s, o)
         if status in (ENDED, BROKEN):
             return done, status == BROKEN
+        if status == CONTINUE and REFRESH * (p.members.shape[0] - done) <= free:
+            status = WORN
         if status == CONTINUE:
             lanes = o.flush_width // FLUSH_VECTORS
             places = _stay(places, s, o)

@@ -59,6 +59,7 @@ class BlockScratch(NamedTuple):
     best: Array  # by team
     right: Array  # by position, float64
     unit: Array  # by position, float64
+    moved: Array  # by column, float64: the weight of a column that is fixed
     column: IntArray  # by position, -1 where there is none
     block: IntArray  # the block at a place, -1 where there is none
     place: IntArray  # by place: where a block that stays was

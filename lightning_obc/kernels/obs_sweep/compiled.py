@@ -144,6 +144,7 @@ def _scratch(columns: int, groups: int, dtype: np.dtype[Any]) -> Scratch:
         zero_point=floats(),
         right=np.zeros(length),
         unit=np.zeros(length),
+        moved=np.zeros(length),
         column=integers(),
         position=integers(),
         leaving=integers(),

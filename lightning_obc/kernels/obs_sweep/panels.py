@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_obc.kernels.obs_sweep.dispatch import empty_output
 from lightning_obc.kernels.obs_sweep.types import (
     OUTLIER_TOLERANCE,
+    REFRESH,
     WORN_FLOAT32,
     SweepOutput,
     SweepPlan,
@@ -99,14 +100,17 @@ class _Chunk:
     def run(self) -> None:
         if self.zeros is not None and cheaper_to_invert(self.dense.shape[1], int(self.zeros.sum(1).min())):
             self._take_zeros()
+        begun = self.left
         while self.left > 0:
             panel, worn = self._panel(min(_STEPS, self.left))
             # The only waits for the device: here and in the flush, once a panel.
             some_worn = bool(worn.any())
             if not self._flush(panel, some_worn):
                 return
-            if some_worn:
-                self._restart(worn.nonzero().flatten())
+            few = self.plan.groups is None and REFRESH * self.left <= begun
+            begun = self.left if few else begun
+            if some_worn or few:
+                self._restart((self.alive.any(1) if few else worn).nonzero().flatten())
         self.broken |= ~torch.isfinite(self.losses[:, :-1]).all(1)
 
     # ------------------------------------------------------------------------------------ one panel of steps

@@ -6,10 +6,19 @@ import numba
 import numpy as np
 
 from lightning_obc.kernels.obs_sweep.jit import STRICT
-from lightning_obc.kernels.obs_sweep.packed import at, invert_
+from lightning_obc.kernels.obs_sweep.packed import Array, at, invert_
 from lightning_obc.kernels.obs_sweep.state import Options, Problem, Scratch
 
 _jit = numba.njit(**STRICT)
+
+
+@_jit
+def along(moved: Array, line: Array) -> float:
+    """What weights that moved are worth to a column with this line of ``H``; whole lines, which memory is quick at."""
+    total = 0.0
+    for column in range(len(line)):
+        total += moved[column] * line[column]
+    return total
 
 
 @_jit
@@ -23,19 +32,18 @@ def restart(row: int, close: bool, p: Problem, s: Scratch, o: Options) -> int:
     hessian = p.hessian[row // o.rows]
     for i in range(count):
         s.unit[i] = 1 / np.sqrt(hessian[s.free[i], s.free[i]])
-        s.right[i] = 0
     for j in range(count):
         line = hessian[s.free[j]]
         for i in range(j + 1):
             s.packed64[at(i, j)] = line[s.free[i]] * s.unit[i] * s.unit[j]
     if invert_(s.packed64, count, s.panel64, o.narrow_steps, o.flush_width64, o.panel_width64) > 0:
         return -1
+    moves = False
     for column in range(p.weight.shape[1]):
-        moved = np.float64(p.weight[row, column]) - s.target[column]
-        if s.fixed[column] and moved != 0:
-            line = hessian[column]
-            for i in range(count):
-                s.right[i] += moved * line[s.free[i]] * s.unit[i]
+        s.moved[column] = np.float64(p.weight[row, column]) - s.target[column] if s.fixed[column] else 0.0
+        moves |= s.moved[column] != 0
+    for i in range(count):
+        s.right[i] = along(s.moved, hessian[s.free[i]]) * s.unit[i] if moves else 0.0
     for i in range(size):
         total = 0.0
         for j in range(count):

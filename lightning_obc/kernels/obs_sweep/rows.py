@@ -28,7 +28,7 @@ from lightning_obc.kernels.obs_sweep.packed import (
 from lightning_obc.kernels.obs_sweep.restart import place, restart
 from lightning_obc.kernels.obs_sweep.state import Options, Problem, Result, Scratch
 from lightning_obc.kernels.obs_sweep.tile import FLUSH_VECTORS
-from lightning_obc.kernels.obs_sweep.types import cheaper_to_invert
+from lightning_obc.kernels.obs_sweep.types import REFRESH, cheaper_to_invert
 
 _jit = numba.njit(**STRICT)
 # Passing a whole Scratch costs more than a chunk's arithmetic, so what runs every step is inlined.
@@ -40,7 +40,7 @@ CONTINUE, ENDED, BROKEN, WORN = 0, 1, 2, 3
 @_jit
 def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tuple[int, bool]:
     forced, size, done, status = _begin(row, p, s, o), p.weight.shape[1], 0, CONTINUE
-    source = p.packed[row // o.rows]
+    source, free = p.packed[row // o.rows], size
     if _cheaper_to_invert(size, forced):
         done = _take_zeros(row, forced, p, out, s, o)
         status = WORN
@@ -49,13 +49,15 @@ def _sweep_row(row: int, p: Problem, out: Result, s: Scratch, o: Options) -> tup
             size = restart(row, done >= forced, p, s, o)
             if size <= 0:
                 return done, size < 0
-            source = s.packed
+            source, free = s.packed, p.weight.shape[1] - done
         fresh = status == WORN or done == 0
         _load_panel(source, size, fresh, s, o)
         steps = o.steps if size > o.narrow else o.narrow_steps
         status, done, taken, leaving = _panel(row, source, size, done, forced, steps, fresh, p, out, s, o)
         if status in (ENDED, BROKEN):
             return done, status == BROKEN
+        if status == CONTINUE and REFRESH * (p.weight.shape[1] - done) <= free:
+            status = WORN
         if status == CONTINUE:
             lanes = o.flush_width // FLUSH_VECTORS
             size = _stay(size, leaving, s)

@@ -53,6 +53,7 @@ class Scratch(NamedTuple):
     zero_point: Array
     right: Array  # float64
     unit: Array  # float64
+    moved: Array  # by column, float64: how far a column that is fixed is from where it was
     column: IntArray  # column at a position
     position: IntArray  # by column, -1 outside the working set
     leaving: IntArray

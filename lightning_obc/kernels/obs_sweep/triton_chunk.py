@@ -6,16 +6,16 @@ the sweep, so that no launch depends on a number the device has yet to compute.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import triton
 from torch import Tensor
 
 from lightning_obc.kernels.obs_sweep.triton_block_kernels import BlockSizes, block_panel_kernel
-from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Sizes, Working, panel_kernel
+from lightning_obc.kernels.obs_sweep.triton_kernels import RUNNING, WORN, Lines, Sizes, Working, panel_kernel
 from lightning_obc.kernels.obs_sweep.triton_move import move_kernel
-from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, WORN_FLOAT32, SweepPlan
+from lightning_obc.kernels.obs_sweep.types import OUTLIER_TOLERANCE, REFRESH, WORN_FLOAT32, SweepPlan
 
 # Lines of G start at multiples of this many elements, so that the kernels load 16 bytes at a time.
 ALIGNMENT = 16
@@ -102,6 +102,7 @@ class Chunk:
         slack, extra: As in :class:`Job`, from here on.
         working: State of the rows.
         made: Steps queued so far.
+        begun: ``m`` at the start.
     """
 
     matrix: Tensor
@@ -112,6 +113,10 @@ class Chunk:
     extra: int
     working: Working
     made: int = 0
+    begun: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.begun = self.size
 
     @property
     def rows(self) -> int:
@@ -135,7 +140,10 @@ def bytes_per_row(job: Job) -> int:
 
 
 def run(job: Job, chunk: Chunk) -> None:
-    """Eliminate until every row has ended, broken or worn out. Queues work; waits for nothing."""
+    """Eliminate until every row has ended, broken or worn out, or few columns are left and all count as worn out.
+
+    Queues work; waits for nothing.
+    """
     while chunk.size > 0 and chunk.remaining > 0:
         steps = min(job.panel(chunk.size), chunk.remaining)
         if job.block is None:
@@ -150,6 +158,10 @@ def run(job: Job, chunk: Chunk) -> None:
         smaller = chunk.size - steps * job.each - closing * chunk.extra
         if smaller <= 0 or chunk.remaining == 0:
             return
+        if job.plan.groups is None and REFRESH * smaller <= chunk.begun:
+            status = chunk.working.status
+            status.masked_fill_(status == RUNNING, WORN)
+            return
         _compact(job, chunk, smaller, steps * job.each)
         _flush(chunk, steps * job.each)
 
@@ -157,6 +169,7 @@ def run(job: Job, chunk: Chunk) -> None:
 def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
     plan, tuning, working = job.plan, job.tuning, chunk.working
     dtype = working.weight.dtype
+    warps = tuning.warps(chunk.size, dtype.itemsize)
     sizes = Sizes(
         stride=chunk.matrix.stride(0),
         line=chunk.matrix.stride(1),
@@ -181,7 +194,9 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
         ROWS=tuning.rows,
         COLS=tuning.tile(chunk.size),
         DEPTH=tuning.depth,
-        num_warps=tuning.warps(chunk.size, dtype.itemsize),
+        num_warps=warps,
+        # Two programs of 256 threads share a multiprocessor. Left alone, the compiler spills to make room for a third.
+        maxnreg=128 if warps == 8 else None,
         # Contraction would give a weight that lies on its grid point an error.
         enable_fp_fusion=False,
     )
@@ -194,6 +209,7 @@ def _worn_ratio(dtype: torch.dtype) -> float:
 def _launch_block_panel(job: Job, chunk: Chunk, steps: int, block: int) -> None:
     tuning, working = job.tuning, chunk.working
     dtype, filled = working.weight.dtype, triton.next_power_of_2(block)
+    warps = tuning.warps(chunk.size, dtype.itemsize)
     sizes = BlockSizes(
         stride=chunk.matrix.stride(0),
         line=chunk.matrix.stride(1),
@@ -219,7 +235,9 @@ def _launch_block_panel(job: Job, chunk: Chunk, steps: int, block: int) -> None:
         COLS=tuning.tile(chunk.size),
         PLACES=tuning.places(chunk.size, dtype.itemsize),
         DEPTH=max(1, tuning.depth // filled),
-        num_warps=tuning.warps(chunk.size, dtype.itemsize),
+        num_warps=warps,
+        # Left alone, the compiler spills a few bytes to keep small programs within 128 or 168 registers.
+        maxnreg=255 if warps <= 2 else None,
         enable_fp_fusion=False,
     )
 
@@ -289,6 +307,7 @@ def _move(job: Job, chunk: Chunk, target: Tensor, hole: Tensor, origin: Tensor, 
         LINES=tuning.lines,
         COLS=tuning.tile(size),
         num_warps=4,
+        enable_fp_fusion=False,
     )
 
 

@@ -30,6 +30,10 @@ OUTLIER_TOLERANCE = 1e-5
 # columns) a few steps do it, so the check cannot wait for the end of a panel.
 WORN_FLOAT32 = 30.0
 
+# A row also starts anew from float64 once so many times fewer columns (or blocks) are free than at its last start: what
+# rounding has left in ``G`` meets the last columns most, whose losses are the dearest.
+REFRESH = 16
+
 
 @dataclass(frozen=True)
 class SweepInput:
