@@ -97,13 +97,16 @@ def prune(
 def backend_for(backend: str, device_type: str, pattern: Pattern | None, positions: int = 1) -> str:
     """The backend that solves a pattern (None: codes) on a device, in a layer of so many kernel positions.
 
+    ``"auto"`` stays what it is for whole channels: which is faster depends on zeros that their sweep looks at.
+
     Raises:
         BackendError: It is unknown, cannot run there, or lacks the pattern.
     """
     if isinstance(pattern, Block):
         return obs_sweep.block_backend(backend, device_type, pattern.size)
     if isinstance(pattern, Structured):
-        return obs_sweep.channel_backend(backend, device_type, positions)
+        obs_sweep.channel_backend(backend, device_type, positions)
+        return backend
     return obs_sweep.resolve_backend(backend, device_type)
 
 

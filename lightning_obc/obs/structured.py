@@ -144,13 +144,13 @@ def sweep_structured_prepared(
 ) -> StructuredSweep:
     """:func:`sweep_structured` of a problem that is prepared already; ``channels`` divides its columns."""
     device, positions = problem.weight.device, problem.weight.shape[-1] // channels
-    backend = obs_sweep.channel_backend(backend, device.type, positions)
     problem = problem.with_dtype(torch.float64)
     total = problem.weight.shape[0] * channels
     steps = total if sparsity is None else zeros_for(sparsity, total)
     keep = existing_zeros(problem)
     shared = keep is None or bool((keep == keep[:, :1]).all())
     own = keep is not None and not shared and _fits(problem.weight, memory_budget)
+    backend = obs_sweep.channel_backend(backend, device.type, positions, channels, own)
     notes: tuple[str, ...] = ()
     if not shared and not own:
         notes = ("zeros of single rows did not enter the order of channels: one inverse for each row is too much",)

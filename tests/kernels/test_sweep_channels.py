@@ -10,8 +10,10 @@ import pytest
 import torch
 from channel_cases import CASES, Case, assert_parity
 
+from lightning_obc import obs
 from lightning_obc.errors import ShapeError
-from lightning_obc.kernels.obs_sweep import ChannelOutput, channel_compiled, sweep_channels
+from lightning_obc.kernels.obs_sweep import ChannelOutput, channel_backend, channel_compiled, sweep_channels
+from lightning_obc.specs import Structured
 
 by_backend = pytest.mark.parametrize("backend", ["torch", "numba"])
 BROKEN = Case(2, 3, 20, 2)
@@ -112,3 +114,19 @@ def test_what_does_not_fit_is_refused() -> None:
     single = replace(problem, weight=problem.weight.float(), inverse=problem.inverse.float())
     with pytest.raises(ShapeError, match="float64"):
         sweep_channels(single, 6, 6)
+
+
+def test_auto_takes_torch_for_few_channels_of_many_positions() -> None:
+    """As measured: ``benchmarks/results/channels_1core.md``."""
+    assert channel_backend("auto", "cpu", 25, 16) == "torch"
+    assert channel_backend("auto", "cpu", 25, 64) == channel_backend("auto", "cpu", 9, 8) == "numba"
+    assert channel_backend("auto", "cpu", 25, 16, own_inverses=True) == "numba"
+    assert channel_backend("auto", "cpu", 49, 3, own_inverses=True) == "torch"
+    assert channel_backend("numba", "cpu", 25, 16) == "numba"
+
+
+def test_the_solution_names_the_backend_that_auto_took() -> None:
+    for positions, expected in ((2, "numba"), (20, "torch")):
+        problem = Case(1, 2, 4, positions).problem()
+        found = obs.prune(problem.weight[0], problem.hessian[0], Structured(0.5), channels=4)
+        assert found.status.backend == expected

@@ -33,6 +33,10 @@ _MODULES = {
 }
 # A program holds whole diagonal blocks in its registers.
 LARGEST_TRITON_CHANNEL = 64
+# The compiled sweep works on the diagonal blocks of 16 channels at a time. From about 16 positions on these leave the
+# first cache, and layers of few channels have little else to do: torch was faster on channels of that many positions up
+# to so many, with one inverse and with one for every row (``benchmarks/results/channels_1core.md``).
+TORCH_POSITIONS, TORCH_CHANNELS, TORCH_OWN_CHANNELS = 16, 32, 8
 
 
 @dataclass(frozen=True)
@@ -76,14 +80,25 @@ class ChannelOutput:
     broken: Tensor
 
 
-def channel_backend(backend: str, device_type: str, positions: int) -> str:
+def channel_backend(
+    backend: str, device_type: str, positions: int, channels: int | None = None, own_inverses: bool = False
+) -> str:
     """What sweeps channels of ``positions`` columns when ``backend`` is asked for.
+
+    Args:
+        backend: What was asked for; ``"auto"`` takes what was measured to be faster.
+        device_type: Where the weights are.
+        positions: Columns of a channel.
+        channels: How many there are; None where only the errors matter.
+        own_inverses: Whether every row has an inverse of its own.
 
     Raises:
         BackendError: ``"triton"`` for channels of more than 64 columns, or a backend that cannot run there.
     """
     allowed = tuple(name for name in _MODULES if name != "triton" or positions <= LARGEST_TRITON_CHANNEL)
-    return resolve_among(backend, device_type, allowed, f"channels of {positions} columns")
+    name = resolve_among(backend, device_type, allowed, f"channels of {positions} columns")
+    few = channels is not None and channels <= (TORCH_OWN_CHANNELS if own_inverses else TORCH_CHANNELS)
+    return "torch" if backend == "auto" and name == "numba" and positions >= TORCH_POSITIONS and few else name
 
 
 def sweep_channels(
@@ -114,7 +129,7 @@ def sweep_channels(
             got=f"{steps} of {channels} channels, {columns} columns",
             expected="channels that divide the columns, and no more steps than channels",
         )
-    name = channel_backend(backend, problem.weight.device.type, columns // channels)
+    name = channel_backend(backend, problem.weight.device.type, columns // channels, channels, own_inverses)
     plan = ChannelPlan(problem, channels, steps, own_inverses)
     return empty_output(plan) if steps == 0 else importlib.import_module(_MODULES[name]).sweep(plan)
 
