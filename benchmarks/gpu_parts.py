@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 from xml.etree import ElementTree
 
+import gpu_channels
 import torch
 from gpu_plan import RESNET50, WIDE, Shape
 from torch import Tensor, nn
@@ -166,6 +167,8 @@ def parity(place: Place) -> None:
             worst["parity"] &= not got.any_broken and same >= 0.99 and loss <= 1e-5
         found["patterns"][name] = worst
         place.save(found)
+    found["patterns"]["structured"] = gpu_channels.parity(place)
+    place.save(found)
     if not all(worst["parity"] for worst in found["patterns"].values()):
         raise SystemExit("Parity is red.")
 
@@ -339,6 +342,7 @@ PARTS: dict[str, Callable[[Place], None]] = {
     "parity": parity,
     "tests": tests,
     "shapes": shapes,
+    "structured": gpu_channels.structured,
     "wide": wide,
     "memory": memory,
     "semi-structured": semi_structured,

@@ -1,17 +1,18 @@
 """The launch plan of the sweep on a GPU: bytes, flop, and what the kernels compile to. No device is needed.
 
-python benchmarks/gpu_plan.py
+    python benchmarks/gpu_plan.py > benchmarks/results/gpu_plan.md
+
+The status is 1 where a kernel asks for more shared memory than a program can have.
 """
 
 from __future__ import annotations
 
-import subprocess
+import argparse
 import sys
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+if TYPE_CHECKING:
+    from gpu_launches import Launch
 
 
 class Shape(NamedTuple):
@@ -54,20 +55,19 @@ RESNET50 = [
 WIDE = Shape(4096, 4096, 1)
 
 
-# Sweep, dtype, slots of a tile, and ``c`` of a sweep over blocks.
-KERNELS: list[tuple[str, torch.dtype, int, int]] = [
-    ("unstructured", torch.float32, 1024, 0),
-    ("quantize with zeros", torch.float32, 1024, 0),
-    ("N:M with zeros", torch.float32, 1024, 0),
-    ("blocks of 4", torch.float32, 512, 4),
-]
-MORE_KERNELS: list[tuple[str, torch.dtype, int, int]] = [
-    ("quantize", torch.float32, 1024, 0),
-    ("unstructured", torch.float32, 128, 0),
-    ("quantize with zeros", torch.float64, 512, 0),
-    ("blocks of 2", torch.float32, 512, 2),
-    ("blocks of 8", torch.float32, 256, 8),
-    ("blocks of 4", torch.float64, 256, 4),
+# Input channels × kernel positions of the network's convolutions, and how many have them.
+STRUCTURED = [
+    (3, 49, 1),
+    (64, 1, 5),
+    (64, 9, 3),
+    (128, 1, 4),
+    (128, 9, 4),
+    (256, 1, 9),
+    (256, 9, 6),
+    (512, 1, 8),
+    (512, 9, 3),
+    (1024, 1, 7),
+    (2048, 1, 3),
 ]
 
 
@@ -86,8 +86,34 @@ def traffic(shape: Shape, block: int = 1) -> tuple[float, float]:
     return shape.layers * shape.rows * panels, shape.layers * shape.rows * flushes
 
 
-def print_plan(kernels: list[tuple[str, torch.dtype, int, int]]) -> None:
-    """Work of every ResNet-50 shape and of a wide layer, then what the kernels compile to."""
+def channel_work(channels: int, positions: int) -> tuple[float, float, int]:
+    """Flop and bytes of a whole sweep over channels in float64 under one inverse, if no cache helped, and its launches.
+
+    Besides what lines and products cost, every program reads the block that leaves.
+    """
+    from lightning_obc.kernels.obs_sweep.triton_channels import LINES, _tile
+
+    per_panel, alive, flop, moved, launches = max(1, LINES // positions), channels, 0.0, 0.0, 1
+    while alive > 0:
+        steps, columns = min(per_panel, alive), alive * positions
+        programs = -(-alive // _tile(positions)["TILE"])
+        for step in range(steps):
+            # Of each new line: the panel's earlier ones, v of G and u of A; blocks, and their costs.
+            lines = step * positions
+            flop += columns * positions * (6 * lines + 6 * positions) + columns * positions * (8 * positions)
+            moved += 8 * (2 * lines * columns + 6 * positions * columns + 4 * positions * columns)
+            moved += 8 * programs * 4 * positions**2
+        alive -= steps
+        left = alive * positions
+        # Gathered twice, and three products that read and write.
+        flop += 6 * float(left) ** 2 * steps * positions
+        moved += 32 * float(left) ** 2 if left else 0.0
+        launches += 2 * steps
+    return flop, moved, launches
+
+
+def print_work() -> None:
+    """Work of every ResNet-50 shape and of a wide layer."""
     print("| R×d | layers | flop | panel bytes | flush bytes | panel bytes, blocks of 4 |\n" + "|---" * 6 + "|")
     total = [0.0, 0.0, 0.0, 0.0]
     for shape in [*RESNET50, WIDE]:
@@ -96,76 +122,90 @@ def print_plan(kernels: list[tuple[str, torch.dtype, int, int]]) -> None:
             total = [a + b for a, b in zip(total, counts, strict=True)]
         print(f"| {shape.rows}×{shape.columns} | {shape.layers} | " + " | ".join(f"{x:.2e}" for x in counts) + " |")
     print("| ResNet-50 | 54 | " + " | ".join(f"{x:.3e}" for x in total) + " |\n")
-    print("| sweep | dtype | tile | warps | registers | stack bytes | shared bytes |\n" + "|---" * 7 + "|")
-    for name, dtype, columns, block in kernels:
-        warps = columns * dtype.itemsize // 512
-        found = resources(panel_source(name, dtype, columns, block), warps)
-        print("| " + " | ".join(map(str, (name, str(dtype).removeprefix("torch."), columns, warps, *found))) + " |")
+    print("| structured: channels × positions | layers | flop, float64 | bytes | launches |\n" + "|---" * 5 + "|")
+    sums, layers = [0.0, 0.0, 0.0], 0
+    for channels, positions, count in [*STRUCTURED, (4096, 1, 0)]:
+        flop, moved, launches = channel_work(channels, positions)
+        print(f"| {channels}×{positions} | {count or 1} | {flop:.2e} | {moved:.2e} | {launches} |")
+        sums = [a + count * b for a, b in zip(sums, (flop, moved, launches), strict=True)]
+        layers += count
+    print(f"| ResNet-50 | {layers} | {sums[0]:.2e} | {sums[1]:.2e} | {sums[2]:.0f} |\n")
 
 
-def resources(source: Any, warps: int) -> tuple[int, int, int]:
-    """Registers per thread, stack and shared bytes of a kernel, compiled for compute capability 9.0."""
+def recorded(few: bool) -> list[Launch]:
+    """Every kernel as the launches specialise it that these sweeps make; with ``few``, the first of each kernel."""
+    from functools import partial
+
+    import gpu_launches as gpu
+
+    found: list[Launch] = []
+    # Compilation is the same for any capability; what comes of it is not.
+    with gpu.recording(90) as record:
+        if few:
+            found += record("2:4 with zeros", 1100, partial(gpu.SWEEPS["2:4 with zeros"], 1100))
+            found += record("blocks of 4", 512, partial(gpu.blocks, 512))
+            found += record("structured, 9 positions", 576, partial(gpu.channels, 576, 9))
+            first = {launch.kernel: launch for launch in reversed(found)}
+            return list(reversed(first.values()))
+        widths = sorted({shape.columns for shape in [*RESNET50, WIDE]}, reverse=True)
+        for name, sweep in gpu.SWEEPS.items():
+            for columns in widths:
+                found += record(name, columns, partial(sweep, columns))
+        for name, columns, sweep in gpu.OTHERS:
+            found += record(name, columns, partial(sweep, columns))
+        for positions, sizes in gpu.STRUCTURED.items():
+            for columns in sizes:
+                name = f"structured, {positions} positions"
+                found += record(name, columns, partial(gpu.channels, columns, positions))
+            found += record(f"{name}, inverses of rows", columns, partial(gpu.channels, columns, positions, True))
+    return found
+
+
+def print_kernels(few: bool, capabilities: tuple[int, ...]) -> bool:
+    """What all kernels compile to; False where one has more shared memory than there is.
+
+    Variants of a kernel that differ in alignment alone share a line, with the largest of their numbers.
+    """
+    import gpu_launches as gpu
     import triton
-    from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    line = next(line for line in report.stdout.splitlines() if "REG:" in line)
-    found = dict(field.split(":") for field in line.split() if ":" in field)
-    return int(found["REG"]), int(found["STACK"]), int(found["SHARED"])
-
-
-def panel_source(name: str, dtype: torch.dtype, columns: int, block: int) -> Any:
-    """The panel kernel as a launch would specialise it to wide aligned matrices."""
-    import triton
-    from triton.compiler import ASTSource
-
-    from lightning_obc.kernels.obs_sweep.triton_block_kernels import BlockSizes, block_panel_kernel
-    from lightning_obc.kernels.obs_sweep.triton_kernels import Lines, Sizes, Working, panel_kernel
-
-    none, floats = "constexpr", "*fp32" if dtype == torch.float32 else "*fp64"
-    quantize, zeros, groups = "quantize" in name, "zeros" in name, "N:M" in name
-    grid = floats if quantize else none
-    keep, group, codes = "*u8" if zeros else none, "*i64" if groups else none, "*u8" if quantize else none
-    kernel, sizes = (block_panel_kernel, BlockSizes) if block else (panel_kernel, Sizes)
-    state: Any = ("*i64", "*i64", "*i32", floats, floats, "*i32", floats, group, floats)
-    rows: Any = (grid, grid, keep, group, "*i32", floats, "*i32", codes)
-    types: dict[str, Any] = {
-        "lines": Lines(*rows),
-        "working": Working(*state),
-        "sizes": sizes("i64", *["i32"] * 6),  # type: ignore[arg-type]
-        "matrix": floats,
-        **dict.fromkeys(("rows", "size", "steps", "made"), "i32"),
-    }
-    filled = triton.next_power_of_2(max(1, block))
-    values: dict[str, Any] = {"MAX_CODE": 15, "FAR": 0.500005, "WORN_RATIO": 30.0, "SIZE": block, "C": filled}
-    values |= {"ROWS": 1, "COLS": columns, "DEPTH": 8 // filled, "PLACES": columns * dtype.itemsize // 16}
-    return _specialised(ASTSource, kernel, {arg: types.get(arg, none) for arg in kernel.arg_names}, values, floats)
+    names = [f"{capability / 10:.1f}" for capability in capabilities]
+    print(f"Triton {triton.__version__}: registers, bytes spilled, bytes of shared memory, by compute capability.\n")
+    print("| kernel | sweep | d | constants | warps | " + " | ".join(names) + " |")
+    print("|---" * (5 + len(names)) + "|")
+    lines: dict[tuple[Any, ...], list[Launch]] = {}
+    for launch in recorded(few):
+        meta = ", ".join(f"{k} {v}" for k, v in launch.meta.items() if k.isupper() and k in SHOWN)
+        # What moves is compiled the same for every sweep.
+        sweep = "all rows" if launch.kernel in ("move_kernel", "choose_kernel") else launch.sweep
+        lines.setdefault((launch.kernel, sweep, meta, launch.warps), []).append(launch)
+    good = True
+    for (kernel, sweep, meta, warps), launches in lines.items():
+        cells = []
+        for capability in capabilities:
+            found = [gpu.resources(launch, capability) for launch in launches]
+            most = [max(column) for column in zip(*found, strict=True)]
+            good &= most[2] <= gpu.MOST_SHARED
+            cells.append(f"{most[0]}, {most[1]}, {most[2]}")
+        columns = max(launch.columns for launch in launches)
+        line = [kernel.removesuffix("_kernel"), sweep, str(columns), meta, str(warps), *cells]
+        print("| " + " | ".join(line) + " |", flush=True)
+    return good
 
 
-def _specialised(source: Any, kernel: Any, signature: dict[str, Any], values: dict[str, Any], floats: str) -> Any:
-    from lightning_obc.kernels.obs_sweep.triton_block_kernels import BlockSizes
+# Constants of a launch that a line of the table shows.
+SHOWN = ("COLS", "C", "PLACES", "TILE", "SIZE", "MIRROR")
 
-    constants: dict[tuple[int, ...], Any] = {}
-    aligned: dict[tuple[int, ...], Any] = {}
-    for i, (arg, kind) in enumerate(signature.items()):
-        if kind == "constexpr":
-            constants[(i,)] = values[arg]
-        elif isinstance(kind, tuple):
-            constants |= {(i, j): None for j, part in enumerate(kind) if part == "constexpr"}
-            # Of the sizes, strides and the columns of a wide layer are multiples of 16.
-            last = len(kind) - 1 if arg != "sizes" else 3 if isinstance(kind, BlockSizes) else 4
-            parts = [j for j, part in enumerate(kind) if part != "constexpr" and j <= last]
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j in parts}
-        elif kind == floats:
-            aligned[(i,)] = [["tt.divisibility", 16]]
-    return source(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--few", action="store_true", help="one specialisation of each kernel")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[90, 80], help="of the devices to compile for")
+    args = parser.parse_args(arguments)
+    if not args.few:
+        print_work()
+    return 0 if print_kernels(args.few, tuple(args.capabilities)) else 1
 
 
 if __name__ == "__main__":
-    print_plan(KERNELS if "--few" in sys.argv else KERNELS + MORE_KERNELS)
+    sys.exit(main(sys.argv[1:]))

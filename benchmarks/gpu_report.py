@@ -68,6 +68,25 @@ def shapes(found: Found) -> str:
     )
 
 
+def structured(found: Found) -> str:
+    rows, sums = [], {"triton": 0.0, "torch": 0.0}
+    for layer in found["layers"]:
+        times = layer["seconds"]
+        for name in sums:
+            sums[name] += layer["layers"] * times[name]
+        zeros = ", rows with zeros of their own" if layer["zeros"] else ""
+        shape = f"{layer['channels']}×{layer['positions']}{zeros}"
+        cells = [shape, str(layer["layers"] or "–"), *(f"{times[name]:.4f}" for name in sums)]
+        each = f"{times['triton'] / layer['launches'] * 1e6:.1f}"
+        rows.append([*cells, f"{times['torch'] / times['triton']:.1f}×", each, f"{layer['peak_gib']:.1f}"])
+    layers = sum(layer["layers"] for layer in found["layers"])
+    ratio = f"{sums['torch'] / sums['triton']:.1f}×" if layers else "–"
+    rows.append(["all of them", str(layers), *(f"{sums[name]:.3f}" for name in sums), ratio, "", ""])
+    head = ["channels × positions", "layers", "triton [s]", "torch [s]", "ratio", "µs a launch", "peak [GiB]"]
+    missing = found["expected"] - len(found["layers"])
+    return table(head, rows) + (f"\n\n**{missing} layers, the largest, are missing.**" if missing else "")
+
+
 def wide(found: Found) -> str:
     shape = f"{found['rows']}×{found['columns']}"
     return f"{shape} quantized to 4 bits: {found['seconds']:.2f} s, peak {found['peak_gib']:.1f} GiB."
@@ -94,6 +113,7 @@ SECTIONS: dict[str, Callable[[Found], str]] = {
     "parity": parity,
     "tests": tests,
     "shapes": shapes,
+    "structured": structured,
     "wide": wide,
     "memory": memory,
     "semi-structured": semi_structured,

@@ -284,6 +284,21 @@ def waits(device: str, block: bool = False) -> dict[str, list[str]]:
     return {"queued": queued.names, "whole": whole.names}
 
 
+def few_left(device: str, mode: Mode = MODES[0]) -> dict[str, Any]:
+    """Two panels of 16 columns leave 2 of 34: few enough for rows to start anew."""
+    from lightning_obc.kernels.obs_sweep import triton_backend
+
+    with (
+        small_tiles(4, 32, 16),
+        mock.patch.object(triton_backend, "restarted", wraps=triton_backend.restarted) as again,
+    ):
+        return {"out": solve(few_left_problem(), mode, device), "restarts": again.call_count}
+
+
+def few_left_problem() -> SweepInput:
+    return make_problem(1, 3, 34, dtype=torch.float32)
+
+
 def strided(device: str) -> list[SweepOutput]:
     problem = make_problem(2, 3, 6, dtype=torch.float32, keep=0.8)
     turned = SweepInput(*(t.mT.contiguous().mT for t in vars(problem).values()))
@@ -378,6 +393,7 @@ SCENARIOS: dict[str, Scenario] = {
     "waits": waits,
     "waits of blocks": partial(waits, block=True),
     "strided": strided,
+    **{f"few left {mode.name}": partial(few_left, mode=mode) for mode in (SOME[0], SOME[2])},
     **{f"channels {case}": channels(case) for case in CHANNEL_CASES},
     "broken channels": broken_channels,
     "waits of channels": waits_of_channels,

@@ -27,6 +27,7 @@ class Channels(NamedTuple):
     pulls: Tensor | None  # [g, n, C·s], u
     blocks: Tensor  # [g·P, C, s, s], diagonal blocks of G
     shares: Tensor | None  # [g, C, s, s], of A
+    factor: Tensor  # [g·P, programs, 1 or 2 (with A), s, s]
     score: Tensor  # [g, P, C], infinite in slots that are dead
     channel: Tensor  # [g, C] int64, ascending
     broken: Tensor  # [g·P] int32
@@ -107,6 +108,35 @@ def _costs(blocks: tl.tensor, right: tl.tensor, size: tl.tensor, SHARED: tl.cons
 
 
 @triton.jit
+def _price(
+    c: tl.tensor,
+    p: tl.tensor,
+    slot: tl.tensor,
+    lives: tl.tensor,
+    count: tl.tensor,
+    size: tl.tensor,
+    SHARED: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    """Costs of a tile's channels; infinite for those that do not live, which count as the identity."""
+    i, columns = tl.arange(0, SIZE), count * size
+    inside = lives[:, None] & (i < size)[None, :]
+    both = inside[:, :, None] & (i < size)[None, None, :]
+    first = p * count * size * size
+    entry = slot[:, None, None] * size * size + i[None, :, None] * size + i[None, None, :]
+    same = (i[:, None] == i[None, :])[None, :, :]
+    blocks = tl.load(c.blocks + first + entry, mask=both, other=0.0)
+    blocks = tl.where(both, blocks, tl.where(same, 1.0, 0.0))
+    if SHARED:
+        right = tl.load(c.shares + first + entry, mask=both, other=0.0)
+    else:
+        right = tl.load(c.weight + p * columns + slot[:, None] * size + i[None, :], mask=inside, other=0.0)
+    cost, least = _costs(blocks, right, size, SHARED, SIZE)
+    tl.store(c.score + p * count + slot, tl.where(lives, cost, float("inf")), mask=slot < count)
+    tl.store(c.broken + p + slot * 0, tl.full(slot.shape, 1, tl.int32), mask=lives & ~(least > 0))
+
+
+@triton.jit
 def start_kernel(
     c: tl.tensor, parts: tl.tensor, count: tl.tensor, size: tl.tensor, TILE: tl.constexpr, SIZE: tl.constexpr
 ) -> None:
@@ -120,21 +150,155 @@ def start_kernel(
     here = (
         p * columns * columns + at[:, :, None].to(tl.int64) * columns + (slot[:, None, None] * size + i[None, None, :])
     )
-    entry = (p * count + slot[:, None, None]) * size * size + i[None, :, None] * size + i[None, None, :]
-    # What is missing in a tile is the identity, and costs nothing.
-    same = (i[:, None] == i[None, :])[None, :, :]
-    blocks = tl.load(c.inverse + here, mask=both, other=0.0)
-    tl.store(c.blocks + entry, blocks, mask=both)
-    blocks = tl.where(both, blocks, tl.where(same, 1.0, 0.0))
+    first = p * count * size * size
+    entry = slot[:, None, None] * size * size + i[None, :, None] * size + i[None, None, :]
+    tl.store(c.blocks + first + entry, tl.load(c.inverse + here, mask=both, other=0.0), mask=both)
     SHARED: tl.constexpr = c.products is not None
     if SHARED:
-        right = tl.load(c.products + here, mask=both, other=0.0)
-        tl.store(c.shares + entry, right, mask=both)
-    else:
-        right = tl.load(c.weight + p * columns + at, mask=inside, other=0.0)
-    cost, least = _costs(blocks, right, size, SHARED, SIZE)
-    tl.store(c.score + p * count + slot, cost, mask=slot < count)
-    tl.store(c.broken + p + slot * 0, tl.full([TILE], 1, tl.int32), mask=(slot < count) & ~(least > 0))
+        tl.store(c.shares + first + entry, tl.load(c.products + here, mask=both, other=0.0), mask=both)
+    tl.debug_barrier()
+    _price(c, p, slot, slot < count, count, size, SHARED, SIZE)
+
+
+@triton.jit
+def _factorise(
+    c: tl.tensor,
+    block_at: tl.tensor,
+    factor: tl.tensor,
+    size: tl.tensor,
+    SHARED: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> None:
+    """Write what the columns of a leaving channel do to each other; its block is at ``block_at``.
+
+    Line ``k`` holds the values of the new line ``v`` at the channel's later columns, and ``1/√G_pp`` at ``k``; in the
+    second half, if ``SHARED``, those of ``u``, and ``t/2`` at ``k``.
+    """
+    i = tl.arange(0, SIZE)
+    square = (i < size)[:, None] & (i < size)[None, :]
+    entry = block_at + i[:, None] * size + i[None, :]
+    block = tl.load(c.blocks + entry, mask=square, other=0.0)[None, :, :]
+    if SHARED:
+        share = tl.load(c.shares + entry, mask=square, other=0.0)[None, :, :]
+    for k in range(size):
+        later, here = (i > k)[None, :], (i == k)[None, :]
+        first = _column(block, k, SIZE)
+        root = 1.0 / tl.sqrt(tl.sum(_element(first, k, SIZE), 0))
+        low = tl.where(later, first * root, 0.0)
+        tl.store(c.factor + factor + k * size + i, tl.sum(tl.where(here, root, low), 0), mask=i < size)
+        if SHARED:
+            first = _column(share, k, SIZE)
+            half = 0.5 * tl.sum(_element(first, k, SIZE), 0) * root * root
+            pull = tl.where(later, first * root - half * low, 0.0)
+            line = c.factor + factor + (size + k) * size
+            tl.store(line + i, tl.sum(tl.where(here, half, pull), 0), mask=i < size)
+            share -= low[:, :, None] * pull[:, None, :] + pull[:, :, None] * low[:, None, :]
+        block -= low[:, :, None] * low[:, None, :]
+
+
+@triton.jit
+def _form_v(
+    c: tl.tensor,
+    p: tl.tensor,
+    place: tl.tensor,
+    factor: tl.tensor,
+    base: tl.tensor,
+    sizes: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    SHARED: tl.constexpr,
+    SIZE: tl.constexpr,
+) -> tl.tensor:
+    """Write a tile's part of the lines ``v`` of a channel whose columns start at ``place``, from ``base`` on.
+
+    ``at`` are the tile's columns ``[TILE, SIZE]``. Returns what they do to its weights; of no use if ``SHARED``.
+    """
+    done, limit, columns, size = sizes
+    i = tl.arange(0, SIZE)
+    real, row = i < size, place + i
+    # The rows of G at the channel [SIZE, TILE, SIZE], less what the panel's lines have taken from them.
+    whole = real[:, None, None] & inside[None, :, :]
+    here = p * columns * columns + (row * columns)[:, None, None] + at[None, :, :]
+    x = tl.load(c.inverse + here, mask=whole, other=0.0)
+    for line in range(done):
+        earlier = (p * limit + line) * columns
+        v = tl.load(c.lines + earlier + at, mask=inside, other=0.0)
+        v_pivot = tl.load(c.lines + earlier + row, mask=real, other=0.0)
+        x -= v_pivot[:, None, None] * v[None, :, :]
+    moved = inside.to(tl.float64) * 0.0
+    if not SHARED:
+        own = tl.load(c.weight + p * columns + row, mask=real, other=0.0)
+    for k in range(size):
+        root = tl.load(c.factor + factor + k * size + k)
+        low = tl.load(c.factor + factor + k * size + i, mask=(i > k) & real, other=0.0)
+        v = _line(x, k, SIZE) * root
+        tl.store(c.lines + base + k * columns + at, v, mask=inside)
+        if not SHARED:
+            z = tl.sum(tl.where(i == k, own, 0.0), 0) * root
+            own -= z * low
+            moved -= z * v
+        x -= low[:, None, None] * v[None, :, :]
+    return moved
+
+
+@triton.jit
+def _form_u(
+    c: tl.tensor,
+    p: tl.tensor,
+    place: tl.tensor,
+    factor: tl.tensor,
+    base: tl.tensor,
+    sizes: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    SIZE: tl.constexpr,
+) -> None:
+    """Write a tile's part of the lines ``u``, as :func:`_form_v` did of ``v``, which are read."""
+    done, limit, columns, size = sizes
+    i = tl.arange(0, SIZE)
+    real, row = i < size, place + i
+    whole = real[:, None, None] & inside[None, :, :]
+    here = p * columns * columns + (row * columns)[:, None, None] + at[None, :, :]
+    y = tl.load(c.products + here, mask=whole, other=0.0)
+    for line in range(done):
+        earlier = (p * limit + line) * columns
+        v = tl.load(c.lines + earlier + at, mask=inside, other=0.0)
+        v_pivot = tl.load(c.lines + earlier + row, mask=real, other=0.0)
+        u = tl.load(c.pulls + earlier + at, mask=inside, other=0.0)
+        u_pivot = tl.load(c.pulls + earlier + row, mask=real, other=0.0)
+        y -= v_pivot[:, None, None] * u[None, :, :] + u_pivot[:, None, None] * v[None, :, :]
+    for k in range(size):
+        root = tl.load(c.factor + factor + k * size + k)
+        low = tl.load(c.factor + factor + k * size + i, mask=(i > k) & real, other=0.0)
+        second = c.factor + factor + (size + k) * size
+        half = tl.load(second + k)
+        pull = tl.load(second + i, mask=(i > k) & real, other=0.0)
+        v = tl.load(c.lines + base + k * columns + at, mask=inside, other=0.0)
+        u = _line(y, k, SIZE) * root - half * v
+        tl.store(c.pulls + base + k * columns + at, u, mask=inside)
+        y -= low[:, None, None] * u[None, :, :] + pull[:, None, None] * v[None, :, :]
+
+
+@triton.jit
+def _less_lines(
+    c: tl.tensor,
+    base: tl.tensor,
+    columns: tl.tensor,
+    size: tl.tensor,
+    at: tl.tensor,
+    inside: tl.tensor,
+    blocks: tl.tensor,
+    right: tl.tensor,
+    SHARED: tl.constexpr,
+) -> tl.tensor:
+    """Take the lines from ``base`` on out of a tile's diagonal blocks of ``G`` (and of ``A``)."""
+    for k in range(size):
+        v = tl.load(c.lines + base + k * columns + at, mask=inside, other=0.0)
+        blocks -= v[:, :, None] * v[:, None, :]
+        if SHARED:
+            u = tl.load(c.pulls + base + k * columns + at, mask=inside, other=0.0)
+            right -= v[:, :, None] * u[:, None, :] + u[:, :, None] * v[:, None, :]
+    return blocks, right
 
 
 @triton.jit(do_not_specialize=["done", "count"])
@@ -154,78 +318,36 @@ def eliminate_kernel(
     gone = tl.load(pivot + p // parts)
     slot = tl.program_id(1) * TILE + tl.arange(0, TILE)
     i, columns = tl.arange(0, SIZE), count * size
-    alive = (slot < count) & (slot != gone)
-    inside = (slot < count)[:, None] & (i < size)[None, :]
+    alive, real = (slot < count) & (slot != gone), i < size
+    inside = (slot < count)[:, None] & real[None, :]
     at = slot[:, None] * size + i[None, :]
-    row = gone * size + i
-    real = i < size
+    base = (p * limit + done) * columns
     SHARED: tl.constexpr = c.products is not None
-    # The rows of G (and A) at the channel, [SIZE, TILE, SIZE], less what the panel's lines have taken from them.
-    whole = real[:, None, None] & inside[None, :, :]
-    place = p * columns * columns + (row * columns)[:, None, None] + at[None, :, :]
-    x = tl.load(c.inverse + place, mask=whole, other=0.0)
-    y = x
+    # Stages need registers one after the other: what one hands to the next goes through memory, where other threads
+    # have written it. Programs write nothing that another reads: each has a factor of its own.
+    factor = (p * tl.num_programs(1) + tl.program_id(1)) * (2 if SHARED else 1) * size * size
+    _factorise(c, (p * count + gone) * size * size, factor, size, SHARED, SIZE)
+    tl.debug_barrier()
+    sizes = (done, limit, columns, size)
+    moved = _form_v(c, p, gone * size, factor, base, sizes, at, inside, SHARED, SIZE)
+    tl.debug_barrier()
     if SHARED:
-        y = tl.load(c.products + place, mask=whole, other=0.0)
-    for line in range(done):
-        base = (p * limit + line) * columns
-        v = tl.load(c.lines + base + at, mask=inside, other=0.0)
-        v_pivot = tl.load(c.lines + base + row, mask=real, other=0.0)
-        x -= v_pivot[:, None, None] * v[None, :, :]
-        if SHARED:
-            u = tl.load(c.pulls + base + at, mask=inside, other=0.0)
-            u_pivot = tl.load(c.pulls + base + row, mask=real, other=0.0)
-            y -= v_pivot[:, None, None] * u[None, :, :] + u_pivot[:, None, None] * v[None, :, :]
-    # The channel's own block, as a tile of one.
-    small = (p * count + gone) * size * size + i[:, None] * size + i[None, :]
-    square = real[:, None] & real[None, :]
-    block = tl.load(c.blocks + small, mask=square, other=0.0)[None, :, :]
-    if SHARED:
-        share = tl.load(c.shares + small, mask=square, other=0.0)[None, :, :]
-    else:
-        own = tl.load(c.weight + p * columns + row, mask=real, other=0.0)[None, :]
-        weight = tl.load(c.weight + p * columns + at, mask=inside, other=0.0)
+        _form_u(c, p, gone * size, factor, base, sizes, at, inside, SIZE)
+        tl.debug_barrier()
     both = inside[:, :, None] & real[None, None, :]
-    entry = (p * count + slot[:, None, None]) * size * size + i[None, :, None] * size + i[None, None, :]
-    blocks = tl.load(c.blocks + entry, mask=both, other=0.0)
-    if SHARED:
-        right = tl.load(c.shares + entry, mask=both, other=0.0)
-    for k in range(size):
-        root = 1.0 / tl.sqrt(tl.sum(_element(_column(block, k, SIZE), k, SIZE), 0))
-        # Of this line: its values at the channel's later columns [1, SIZE], and at the tile's columns [TILE, SIZE].
-        later = (i > k)[None, :]
-        low = tl.where(later, _column(block, k, SIZE) * root, 0.0)
-        v = _line(x, k, SIZE) * root
-        tl.store(c.lines + (p * limit + done + k) * columns + at, v, mask=inside)
-        column = tl.sum(low, 0)
-        if SHARED:
-            first = _column(share, k, SIZE)
-            half = 0.5 * tl.sum(_element(first, k, SIZE), 0) * root * root
-            pull = tl.where(later, first * root - half * low, 0.0)
-            u = _line(y, k, SIZE) * root - half * v
-            tl.store(c.pulls + (p * limit + done + k) * columns + at, u, mask=inside)
-            share -= low[:, :, None] * pull[:, None, :] + pull[:, :, None] * low[:, None, :]
-            y -= column[:, None, None] * u[None, :, :] + tl.sum(pull, 0)[:, None, None] * v[None, :, :]
-            right -= v[:, :, None] * u[:, None, :] + u[:, :, None] * v[:, None, :]
-        else:
-            z = tl.sum(_element(own, k, SIZE), 0) * root
-            own -= z * low
-            weight -= z * v
-        block -= low[:, :, None] * low[:, None, :]
-        x -= column[:, None, None] * v[None, :, :]
-        blocks -= v[:, :, None] * v[:, None, :]
+    first = p * count * size * size
+    entry = slot[:, None, None] * size * size + i[None, :, None] * size + i[None, None, :]
     keeps = both & alive[:, None, None]
-    tl.store(c.blocks + entry, blocks, mask=keeps)
+    blocks = tl.load(c.blocks + first + entry, mask=both, other=0.0)
     if SHARED:
-        tl.store(c.shares + entry, right, mask=keeps)
+        right = tl.load(c.shares + first + entry, mask=both, other=0.0)
     else:
-        tl.store(c.weight + p * columns + at, weight, mask=inside & alive[:, None])
-        right = weight
-    # Slots that are dead or not there count as the identity, so that nothing they hold is divided by.
+        right = tl.load(c.weight + p * columns + at, mask=inside, other=0.0) + moved
+        tl.store(c.weight + p * columns + at, right, mask=inside & alive[:, None])
+    blocks, right = _less_lines(c, base, columns, size, at, inside, blocks, right, SHARED)
+    tl.store(c.blocks + first + entry, blocks, mask=keeps)
+    if SHARED:
+        tl.store(c.shares + first + entry, right, mask=keeps)
     before = tl.load(c.score + p * count + slot, mask=slot < count, other=float("inf"))
-    lives = alive & (before < float("inf"))
-    same = (i[:, None] == i[None, :])[None, :, :]
-    blocks = tl.where(both & lives[:, None, None], blocks, tl.where(same, 1.0, 0.0))
-    cost, least = _costs(blocks, right, size, SHARED, SIZE)
-    tl.store(c.score + p * count + slot, tl.where(lives, cost, float("inf")), mask=slot < count)
-    tl.store(c.broken + p + slot * 0, tl.full([TILE], 1, tl.int32), mask=lives & ~(least > 0))
+    tl.debug_barrier()
+    _price(c, p, slot, alive & (before < float("inf")), count, size, SHARED, SIZE)

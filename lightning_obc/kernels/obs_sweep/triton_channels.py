@@ -23,8 +23,9 @@ from lightning_obc.kernels.obs_sweep.triton_channel_kernels import (
 
 # Lines of a panel.
 LINES = 64
-# Numbers that a program holds of its blocks, and of its rows: 8 for each of 256 threads, so that no register spills.
-_HELD = 2048
+# Numbers that a program holds of its blocks, and of its rows: 4 for each of 256 threads, so that two programs share a
+# multiprocessor. One channel of more than 32 columns alone is 4096.
+_HELD = 1024
 
 
 def sweep(plan: ChannelPlan) -> ChannelOutput:
@@ -68,6 +69,7 @@ def _lay_out(plan: ChannelPlan, weight: Tensor, inverse: Tensor, lines: int) -> 
         pulls=weight.new_empty(groups, lines, columns) if shared else None,
         blocks=weight.new_empty(groups * parts, count, size, size),
         shares=weight.new_empty(groups, count, size, size) if shared else None,
+        factor=weight.new_empty(groups * parts, triton.cdiv(count, _tile(size)["TILE"]), 1 + shared, size, size),
         score=weight.new_empty(groups, parts, count),
         channel=torch.arange(count, device=device).expand(groups, count).contiguous(),
         broken=torch.zeros(groups * parts, dtype=torch.int32, device=device),
@@ -80,6 +82,11 @@ def _tile(size: int) -> dict[str, int]:
     return {"TILE": max(1, min(64, _HELD // padded**2)), "SIZE": padded}
 
 
+def _options(size: int) -> dict[str, int | bool]:
+    """Threads and registers of a program. Left alone, the compiler spills to make room for programs there are not."""
+    return {"num_warps": 8, "maxnreg": 128 if size <= 32 else 255, "enable_fp_fusion": True}
+
+
 def _grid(channels: Channels, tile: int) -> tuple[int, int]:
     return len(channels.inverse), triton.cdiv(channels.score.shape[2], tile)
 
@@ -87,7 +94,7 @@ def _grid(channels: Channels, tile: int) -> tuple[int, int]:
 def _launch_start(channels: Channels, size: int) -> None:
     _, parts, count = channels.score.shape
     tile = _tile(size)
-    start_kernel[_grid(channels, tile["TILE"])](channels, parts, count, size, **tile, num_warps=8)
+    start_kernel[_grid(channels, tile["TILE"])](channels, parts, count, size, **tile, **_options(size))
 
 
 def _choose(channels: Channels, pivot: Tensor, out: ChannelOutput, step: int) -> None:
@@ -102,6 +109,7 @@ def _choose(channels: Channels, pivot: Tensor, out: ChannelOutput, step: int) ->
         parts,
         count,
         COLS=triton.next_power_of_2(count),
+        enable_fp_fusion=False,
     )
 
 
@@ -110,7 +118,7 @@ def _eliminate(channels: Channels, pivot: Tensor, done: int, size: int) -> None:
     tile = _tile(size)
     limit = channels.lines.shape[1]
     eliminate_kernel[_grid(channels, tile["TILE"])](
-        channels, pivot, done, limit, parts, count, size, **tile, num_warps=8
+        channels, pivot, done, limit, parts, count, size, **tile, **_options(size)
     )
 
 
@@ -148,6 +156,7 @@ def _flushed(channels: Channels, lines: int, count: int, size: int) -> Channels:
         pulls=pulls,
         blocks=blocks(channels.blocks, slots),
         shares=shares,
+        factor=channels.factor,
         score=taken(channels.score, alive),
         channel=channels.channel.gather(1, alive),
         broken=channels.broken,
