@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent.parent / "benchmarks"
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module("sweep")
-    for name in ("sweep", "resnet50", "rank1", "machine", "greedy"):
+    for name in ("sweep", "resnet50", "rank1", "machine", "greedy", "channels"):
         sys.modules.pop(name, None)
 
 
@@ -49,6 +49,28 @@ def test_a_red_check_prints_no_figures(
 
         monkeypatch.setattr(benchmark, name, wrong)
     assert benchmark.main([*SMALL, "--patterns", pattern]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "parity is red" in captured.err
+
+
+def test_the_channel_benchmark_prints_beside_a_green_check_alone(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    channels = importlib.import_module("channels")
+    arguments = ["--shapes", "3x5x2", "3x4x16", "2x4x2z", "--repeats", "1", "--threads", "1"]
+    assert channels.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for line, chosen in (("| 3×5×2 |", "numba"), ("| 3×4×16 |", "torch"), ("| 2×4×2, zeros |", "numba")):
+        assert [row.split("|")[-2].strip() for row in printed.splitlines() if row.startswith(line)] == [chosen]
+    right = channels.sweep_channels
+
+    def wrong(*args, backend, **options):  # type: ignore[no-untyped-def]
+        out = right(*args, backend=backend, **options)
+        return replace(out, losses=out.losses * (1 + 1e-7)) if backend == "numba" else out
+
+    monkeypatch.setattr(channels, "sweep_channels", wrong)
+    assert channels.main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "parity is red" in captured.err
