@@ -101,6 +101,7 @@ def test_a_search_by_time_counts_the_whole_network(run, capsys):
         *(
             f"--ckpt_path={folder}/dense.ckpt",
             "--cost=seconds",
+            "--linear=packed-int8",
             "--metric=val_accuracy",
             "--budgets=[1.0]",
             "--methods=[dp]",

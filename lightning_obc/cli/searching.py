@@ -34,7 +34,7 @@ from lightning_obc.cli.exporting import onnx_sample
 from lightning_obc.cli.stitched import StitchedRun
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, OBCError, SpecError
-from lightning_obc.export import layer_runner, model_runner
+from lightning_obc.export import LinearKernel, layer_runner, model_runner
 from lightning_obc.layers import is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.report import default_formats, report_record, save_report
@@ -95,6 +95,7 @@ class SearchOptions:
     threads: int = 1
     database: Optional[str] = None
     output: Optional[str] = None
+    linear: LinearKernel = "dequantize"
 
     def check(self) -> None:
         """Refuse what can be refused before anything runs."""
@@ -175,7 +176,7 @@ class SearchRun(StitchedRun):
             if not (isinstance(layer, LayerPart) or is_lookup(layer))
         }
         batch = next(iter(batches))
-        runner, whole = layer_runner(threads=options.threads), None
+        runner, whole = layer_runner(threads=options.threads, linear=options.linear), None
         try:
             whole = model_runner(module, onnx_sample(module, batch), threads=options.threads)
         except OBCError as error:

@@ -131,6 +131,7 @@ class OBCTrainer(Trainer):
         output: Optional[str] = None,
         train: bool = False,
         weights_only: Optional[bool] = None,
+        linear: LinearKernel = "dequantize",
     ) -> SearchResult:
         """Search the best level of every layer under budgets, and write curve, recipes, checkpoints and reports.
 
@@ -162,6 +163,8 @@ class OBCTrainer(Trainer):
             output: Folder for what is written; by default ``search`` among the logs.
             train: Train the model first; not when there is a ``ckpt_path``.
             weights_only: Passed on to ``Trainer.validate``.
+            linear: Where time is measured: how linear layers with quantized weights will be exported
+                (``export --linear``).
 
         Returns:
             The trade-off curve.
@@ -189,6 +192,7 @@ class OBCTrainer(Trainer):
             threads=threads,
             database=database,
             output=output,
+            linear=linear,
         )
         options.check()
         run = SearchRun(options)

@@ -1,4 +1,4 @@
-"""One layer at one level in ONNX Runtime, to be timed: floating point, or integers from its input to its output."""
+"""One layer at one level in ONNX Runtime, to be timed: floating point, packed codes, or integers from end to end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_obc.errors import ExportError
 from lightning_obc.export.graph import Sample
-from lightning_obc.export.onnx_export import export_onnx
+from lightning_obc.export.onnx_export import check_linear, export_onnx
 from lightning_obc.export.ops import operators
+from lightning_obc.export.packed_linear import LinearKernel
 from lightning_obc.export.ranges import ActivationRange
 from lightning_obc.export.runtime import open_session, random_inputs
 from lightning_obc.export.weights import CompressedWeight
@@ -58,29 +59,37 @@ class _Plain(nn.Module):
         return y
 
 
-def layer_runner(*, threads: int = 1) -> Callable[[str, nn.Module, Tensor, Precision], Callable[[], Any]]:
+def layer_runner(
+    *, threads: int = 1, linear: LinearKernel = "dequantize"
+) -> Callable[[str, nn.Module, Tensor, Precision], Callable[[], Any]]:
     """A ``runner`` of :func:`lightning_obc.allocation.measure_latency` that runs layers in ONNX Runtime on the CPU.
 
     A level with quantized weights and activations takes uint8 codes and gives uint8 codes: what quantizes the input of
-    the whole network, and dequantizes its output, is no part of any layer. Every other level runs in floating point.
-    Codes of any width run as int8 once they are loaded, and their values make no difference to the time, so that a
-    layer is exported once for all integer levels and once for all others.
+    the whole network, and dequantizes its output, is no part of any layer. With ``linear`` a level of a linear layer
+    that quantizes weights alone runs from packed codes, as :func:`export_onnx` with this option makes it. Every other
+    level runs in floating point. The values of codes make no difference to the time, and integers of any width run as
+    int8 once they are loaded, so that a layer is exported once for all integer levels, once for every packed grid, and
+    once for all others.
 
     Args:
         threads: Threads of the runtime; 0 lets it choose.
+        linear: How the files will be exported.
 
     Raises:
-        MissingExtraError: The extra ``onnx`` is not installed.
+        ExportError: An unknown ``linear``. MissingExtraError: The extra ``onnx`` is not installed.
     """
     require("onnxruntime", "onnx")
+    check_linear(linear)
 
-    sessions: dict[tuple[str, bool], Callable[[], Any]] = {}
+    sessions: dict[tuple[str, bool, IntGrid | None], Callable[[], Any]] = {}
 
     def runner(name: str, module: nn.Module, x: Tensor, level: Precision) -> Callable[[], Any]:
         integer = level.grid is not None and level.activations is not None
-        if (name, integer) not in sessions:
+        packed = level.grid if linear != "dequantize" and not integer and isinstance(module, nn.Linear) else None
+        key = name, integer, packed
+        if key not in sessions:
             try:
-                sessions[name, integer] = _prepare(module, x, integer, threads)
+                sessions[key] = _prepare(module, x, integer, threads, packed, linear)
             except ExportError as error:
                 raise ExportError(
                     f"Layer {name!r} cannot be timed in ONNX Runtime",
@@ -88,7 +97,7 @@ def layer_runner(*, threads: int = 1) -> Callable[[str, nn.Module, Tensor, Preci
                     expected="a layer that can be exported alone",
                     remedy="exclude it, or supply its times in a table",
                 ) from error
-        return sessions[name, integer]
+        return sessions[key]
 
     return runner
 
@@ -121,7 +130,9 @@ def _on_cpu(sample: Sample) -> Sample:
     return tuple(_on_cpu(value) if isinstance(value, Tensor) else value for value in sample)
 
 
-def _prepare(module: nn.Module, x: Tensor, integer: bool, threads: int) -> Callable[[], Any]:
+def _prepare(
+    module: nn.Module, x: Tensor, integer: bool, threads: int, packed: IntGrid | None, linear: LinearKernel
+) -> Callable[[], Any]:
     x = x.detach().cpu().float()
     layer = copy.deepcopy(module).cpu().float().eval()
     with tempfile.TemporaryDirectory(prefix="lightning-obc-") as folder:
@@ -129,7 +140,8 @@ def _prepare(module: nn.Module, x: Tensor, integer: bool, threads: int) -> Calla
         if integer:
             feed = _export_integer(layer, x, path)
         else:
-            export_onnx(_Plain(layer), x, path, dynamic_batch=False)
+            weights = {} if packed is None else {"layer": _rounded_weight(layer, packed)}
+            export_onnx(_Plain(layer), x, path, solutions=weights, linear=linear, dynamic_batch=False)
             feed = x.numpy()
         session = open_session(path, threads=threads)
     inputs = {session.get_inputs()[0].name: feed}
@@ -138,13 +150,8 @@ def _prepare(module: nn.Module, x: Tensor, integer: bool, threads: int) -> Calla
 
 def _export_integer(layer: nn.Module, x: Tensor, path: Path) -> np.ndarray[Any, Any]:
     """Write the layer with integer input and output; returns codes for the input."""
-    adapter = adapter_for(layer)
-    assert adapter is not None
     # 7 bits take the same kernels as 8, and cannot saturate anywhere.
-    grid = IntGrid(7, symmetric=True)
-    weight = adapter.weight_matrix(layer)
-    fitted = fit_grid(weight, grid, channels=adapter.shape(layer).channels)
-    adapter.write_weight_(layer, fitted.quantize(weight))
+    weight = _rounded_weight(layer, IntGrid(7, symmetric=True))
     with torch.no_grad():
         output = layer(x)
     limits = _range_of(x)
@@ -152,13 +159,23 @@ def _export_integer(layer: nn.Module, x: Tensor, path: Path) -> np.ndarray[Any, 
         _Rounded(layer, _range_of(output)),
         x,
         path,
-        solutions={"layer": CompressedWeight.from_weight(adapter.weight_matrix(layer), None, fitted)},
+        solutions={"layer": weight},
         activations={"layer": limits},
         dynamic_batch=False,
     )
     _strip_ends(path)
     codes = torch.clamp(torch.round(x / limits.scale) + limits.zero_point, 0, 255)
     return np.asarray(codes.to(torch.uint8).numpy())
+
+
+def _rounded_weight(layer: nn.Module, grid: IntGrid) -> CompressedWeight:
+    """Round a layer's weight to nearest, in place."""
+    adapter = adapter_for(layer)
+    assert adapter is not None
+    weight = adapter.weight_matrix(layer)
+    fitted = fit_grid(weight, grid, channels=adapter.shape(layer).channels)
+    adapter.write_weight_(layer, fitted.quantize(weight))
+    return CompressedWeight.from_weight(adapter.weight_matrix(layer), None, fitted)
 
 
 def _range_of(x: Tensor) -> ActivationRange:

@@ -104,6 +104,37 @@ def test_the_integer_layer_takes_and_gives_codes(net: Net, images: Tensor) -> No
     assert (difference == 0).mean() > 0.9
 
 
+@pytest.mark.parametrize("linear", ["packed", "packed-int8"])
+def test_linear_layers_run_from_packed_codes_where_weights_alone_are_quantized(linear: Any) -> None:
+    from lightning_obc.export import layer_runner
+    from lightning_obc.export.packed_linear import rounded_inputs
+
+    torch.manual_seed(0)
+    layer, x, runner = nn.Linear(64, 6), torch.randn(3, 5, 64), layer_runner(linear=linear)
+    grids = [IntGrid(4), IntGrid(3, granularity="group", group_size=32), IntGrid(8)]
+    runs = [runner("layer", layer, x, Level(grid=grid)) for grid in grids]
+    for grid, run in zip(grids, runs, strict=True):
+        adapter = adapter_for(layer)
+        assert adapter is not None
+        weight = fit_grid(adapter.weight_matrix(layer), grid, channels=64).quantize(adapter.weight_matrix(layer))
+        # Eight bits beside inputs in floating point are not packed.
+        block = 32 if grid.group_size else 64
+        inputs = rounded_inputs(x, block) if linear == "packed-int8" else x
+        expected = nn.functional.linear(inputs, weight[0], layer.bias)
+        np.testing.assert_allclose(run()[0], expected.detach().numpy(), rtol=1e-4, atol=1e-4)
+    (dense,) = runner("layer", layer, x, Level())()
+    np.testing.assert_allclose(dense, layer(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+    (codes,) = runner("layer", layer, x, INT8)()
+    assert codes.dtype == np.uint8
+
+
+def test_an_unknown_kind_of_linear_layers_is_refused() -> None:
+    from lightning_obc.export import layer_runner
+
+    with pytest.raises(ExportError, match="Unknown kind of linear layers"):
+        layer_runner(linear="fast")  # type: ignore[arg-type]
+
+
 def test_a_layer_that_cannot_be_exported_is_named(images: Tensor) -> None:
     from lightning_obc.export import layer_runner
 
