@@ -6,7 +6,8 @@ from lightning_obc.export.compressed_tensors import save_compressed_tensors
 from lightning_obc.export.layer_runner import layer_runner, model_runner
 from lightning_obc.export.onnx_export import OnnxExport, export_onnx
 from lightning_obc.export.onnx_reader import read_onnx_weights
-from lightning_obc.export.packed import PackedFile, load_packed, read_packed, save_packed
+from lightning_obc.export.packed import PackedFile, load_packed, save_packed
+from lightning_obc.export.packed_file import read_packed
 from lightning_obc.export.packed_linear import LinearKernel
 from lightning_obc.export.ranges import ActivationRange
 from lightning_obc.export.runtime import Measurement, benchmark, benchmark_table, open_session, slower_files

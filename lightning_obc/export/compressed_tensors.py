@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from lightning_obc.errors import ExportError
 from lightning_obc.export.bits import pack_words
-from lightning_obc.export.packed import plain_state, write_tensors
+from lightning_obc.export.packed import plain_state
+from lightning_obc.export.packed_file import write_tensors
 from lightning_obc.export.weights import CompressedWeight, Solutions, compressed_state, named_layers, weight_keys
 from lightning_obc.files import PathLike, check_target, write_whole
 

@@ -1,12 +1,11 @@
 """Packed safetensors: compressed weights in the bits they need, the rest of the state dict beside them.
 
-The format is described in ``docs/format.md``. A file is written whole and renamed, carries a checksum over everything
-it holds, and is refused by a model of another structure.
+The format is described in ``docs/format.md``, the file around it is :mod:`lightning_obc.export.packed_file`. A file is
+refused by a model of another structure.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_obc.activations import InputGrid, attach, attached, detach, inputs_from_state, inputs_state
-from lightning_obc.checksum import checksum
 from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import bits
 from lightning_obc.export.masks import decode_mask, encode_mask
+from lightning_obc.export.packed_file import read_packed, write_packed
 from lightning_obc.export.resizing import Sizes, resize_
 from lightning_obc.export.weights import (
     CompressedWeight,
@@ -30,10 +29,8 @@ from lightning_obc.export.weights import (
     named_layers,
     weight_keys,
 )
-from lightning_obc.files import PathLike, check_target, write_whole
+from lightning_obc.files import PathLike, check_target
 from lightning_obc.layers import normalise_name
-
-FORMAT, VERSION = "lightning_obc.packed", 1
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def save_packed(
     aliases = _add_dense(state, packed_keys, tensors)
     manifest = {"layers": layers, "aliases": aliases, "model": structure(state)} | _pack_inputs(model, tensors)
     manifest |= {"sizes": sizes} if sizes else {}
-    _write(target, manifest, tensors)
+    write_packed(target, manifest, tensors)
     dense = sum(tensor.numel() * tensor.element_size() for key, tensor in state.items() if key not in aliases)
     return PackedFile(target, target.stat().st_size, dense, tuple(owners), left)
 
@@ -218,82 +215,6 @@ def _unpacked(data: Tensor, width: int, count: int) -> Tensor:
 
 def _spread(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return tensor.expand(shape).contiguous() if tensor.numel() == 1 else tensor.reshape(shape)
-
-
-def _write(target: Path, manifest: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    # One entry, because safetensors does not keep the order of several: equal models give equal files.
-    envelope = {"version": VERSION, "manifest": text, "sha256": checksum(text, tensors)}
-    write_tensors(target, tensors, {FORMAT: json.dumps(envelope, sort_keys=True, separators=(",", ":"))})
-
-
-def write_tensors(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """One safetensors file, whole or not at all.
-
-    Raises:
-        ExportError: It cannot be written; an existing file is untouched.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    def write(part: Path) -> None:
-        try:
-            save_file(dict(tensors), part, metadata=dict(metadata))
-        except SafetensorError as error:
-            # The library reports a full disk as an error of its own.
-            raise OSError(str(error)) from error
-
-    write_whole(target, write)
-
-
-def read_packed(path: PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Manifest and tensors of a packed file, after its checksum was verified.
-
-    Raises:
-        ExportError: No such file, not a packed file, a newer version, truncated or tampered.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    source = Path(path)
-    if not source.is_file():
-        raise ExportError("The packed file does not exist", got=str(source), expected="a file of save_packed")
-    try:
-        with safe_open(source, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ExportError(
-            "The packed file cannot be read",
-            got=f"{source}: {error}",
-            expected="a complete safetensors file",
-            remedy="it is truncated or damaged; copy or write it again",
-        ) from error
-    envelope = _envelope(source, metadata)
-    text = str(envelope.get("manifest"))
-    if checksum(text, tensors) != envelope.get("sha256"):
-        raise ExportError(
-            "The packed file's checksum does not match its contents",
-            got=str(source),
-            expected=f"sha256 {envelope.get('sha256')}",
-            remedy="it was changed or damaged after it was written; use another copy",
-        )
-    manifest: dict[str, Any] = json.loads(text)
-    return manifest, tensors
-
-
-def _envelope(source: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        envelope = json.loads(metadata.get(FORMAT, "null"))
-    except ValueError:
-        envelope = None
-    version = envelope.get("version") if isinstance(envelope, dict) else None
-    if not isinstance(envelope, dict) or version != VERSION:
-        raise ExportError(
-            "The file is not a packed model that this version reads",
-            got=f"{source}: {'no packed model' if version is None else f'version {version}'}",
-            expected=f"{FORMAT}, version {VERSION}",
-        )
-    return envelope
 
 
 def load_packed(model: nn.Module, path: PathLike) -> dict[str, CompressedWeight]:
