@@ -47,10 +47,13 @@ def replacing(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{secrets.token_hex(6)}.part")
     try:
         part.open("xb").close()
+        mode = part.stat().st_mode
     except OSError as error:
         raise _unwritable(target, error) from error
     try:
         yield part
+        # Libraries that make a file of their own there may keep it from everybody else (safetensors does).
+        part.chmod(mode)
         _sync(part)
         os.replace(part, target)
     except OSError as error:

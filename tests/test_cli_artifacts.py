@@ -177,6 +177,52 @@ def test_packed_files_come_back_bit_for_bit(run):
     assert all(torch.equal(value, saved[name]) for name, value in other.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def structured(run):
+    """The dense network without half of the input channels of its blocks, weights in 4 bits and inputs in 8."""
+    cli, folder, call = run
+    cli.trainer.save_checkpoint(folder / "dense.ckpt", weights_only=True)
+    half = {"class_path": "lightning_obc.Structured", "init_args": {"sparsity": 0.5}}
+    stages = [
+        {"class_path": "lightning_obc.Prune", "init_args": {"pattern": half, "layers": ["stages.*.conv2"]}},
+        {"class_path": "lightning_obc.Quantize", "init_args": {"grid": 4, "activations": 8}},
+    ]
+    for stage, solver in zip(stages, ("magnitude", "rtn"), strict=True):
+        stage["init_args"]["solver"] = solver
+    checkpoint = folder / "structured.ckpt"
+    done = call(
+        "compress",
+        f"--ckpt_path={folder}/dense.ckpt",
+        f"--stages={json.dumps(stages)}",
+        "--calibration.samples=64",
+        f"--output={checkpoint}",
+    )
+    return checkpoint, done.model.eval()
+
+
+def test_shrink_takes_unread_channels_out_of_exported_files(run, structured, capsys):
+    """Files are smaller and compute the same; the code of the large model loads the packed one."""
+    cli, folder, call = run
+    checkpoint, large = structured
+    files = {}
+    for shrink in ("false", "true"):
+        for kind in ("packed", "onnx"):
+            path = files[kind, shrink] = folder / f"shrink-{shrink}.{kind}"
+            call("export", f"--ckpt_path={checkpoint}", f"--path={path}", f"--format={kind}", f"--shrink={shrink}")
+    told = capsys.readouterr().out
+    assert told.count("stages.2.conv2: 32 input channels removed") == 2
+    for kind in ("packed", "onnx"):
+        assert files[kind, "true"].stat().st_size < 0.85 * files[kind, "false"].stat().st_size
+    x = images(cli)
+    small = type(cli.model)().eval()
+    load_packed(small, files["packed", "true"])
+    assert small.stages[2].conv1.out_channels == 32
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), large(x), rtol=1e-4, atol=1e-4)
+    found, expected = (logits(files["onnx", shrink], x) for shrink in ("true", "false"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_compressed_tensors_fill_a_folder(run):
     cli, folder, call = run
     checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
@@ -198,6 +244,8 @@ def test_existing_files_are_refused_before_anything_runs(run, onnx_files):
         call("export", f"--path={folder}/x", "--format=packed", "--integer=true")
     with pytest.raises(SystemExit, match="with format packed"):
         call("export", f"--path={folder}/x", "--format=packed", "--linear=packed")
+    with pytest.raises(SystemExit, match="Sizes of smaller layers"):
+        call("export", f"--path={folder}/x", "--format=compressed-tensors", "--shrink=true")
 
 
 def test_linear_layers_from_packed_codes(run, onnx_files):

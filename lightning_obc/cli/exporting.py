@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +20,13 @@ from lightning_obc.errors import ExportError, FingerprintError
 from lightning_obc.export import (
     CompressedWeight,
     LinearKernel,
+    PackedFile,
+    Shrunk,
     export_onnx,
     named_layers,
     save_compressed_tensors,
     save_packed,
+    shrink,
 )
 from lightning_obc.files import check_target
 from lightning_obc.layers import adapter_for
@@ -61,6 +64,7 @@ class ExportOptions:
     dynamic_batch: bool = True
     overwrite: bool = False
     linear: LinearKernel = "dequantize"
+    shrink: bool = False
 
     def check(self) -> None:
         """Refuse a target that exists before anything runs."""
@@ -79,6 +83,12 @@ class ExportOptions:
                 "Linear layers compute from packed codes in ONNX files alone, with inputs in floating point",
                 got=f"linear {self.linear} with format {self.format}, integer {self.integer}",
                 expected="format onnx, integer false",
+            )
+        if self.shrink and self.format == "compressed-tensors":
+            raise ExportError(
+                "Sizes of smaller layers have no place in the layout of compressed-tensors",
+                got="shrink with format compressed-tensors",
+                expected="onnx or packed",
             )
 
 
@@ -106,24 +116,44 @@ class ExportRun(Callback):
 
     def _write(self, trainer: Trainer, module: LightningModule, weights: Mapping[str, CompressedWeight]) -> Exported:
         options, layers = self.options, tuple(weights)
+        shrunk = shrink(module, next(self._samples(trainer, module)), weights) if options.shrink else None
         if options.format == "onnx":
-            notes = self._onnx(trainer, module, weights)
+            notes = self._onnx(trainer, module, weights, shrunk)
         elif options.format == "packed":
-            notes = _lines(save_packed(module, weights, options.path, overwrite=options.overwrite).notes)
+            notes = _lines(self._packed(module, weights, shrunk).notes)
         else:
             options.path.mkdir(exist_ok=True)
             notes = _lines(save_compressed_tensors(module, weights, options.path, overwrite=options.overwrite))
         files = list(options.path.iterdir()) if options.path.is_dir() else [options.path]
+        notes = (*(str(shrunk).splitlines() if shrunk else ()), *notes)
         return Exported(options.path, sum(file.stat().st_size for file in files), layers, notes)
 
+    def _samples(self, trainer: Trainer, module: LightningModule) -> Iterator[Any]:
+        batches = calibration_batches(compat.calibration_source(trainer), self.options.calibration)
+        return (onnx_sample(module, compat.to_device(trainer, batch)) for batch in batches)
+
+    def _packed(
+        self, module: LightningModule, weights: Mapping[str, CompressedWeight], shrunk: Shrunk | None
+    ) -> PackedFile:
+        path, overwrite = self.options.path, self.options.overwrite
+        if shrunk is None:
+            return save_packed(module, weights, path, overwrite=overwrite)
+        return save_packed(shrunk.model, shrunk.solutions, path, sizes=shrunk.sizes, overwrite=overwrite)
+
     def _onnx(
-        self, trainer: Trainer, module: LightningModule, weights: Mapping[str, CompressedWeight]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        weights: Mapping[str, CompressedWeight],
+        shrunk: Shrunk | None,
     ) -> tuple[str, ...]:
         options = self.options
-        batches = calibration_batches(compat.calibration_source(trainer), options.calibration)
-        samples = (onnx_sample(module, compat.to_device(trainer, batch)) for batch in batches)
+        samples = self._samples(trainer, module)
         sample = next(samples)
-        grids = {name: inputs.grid for name, inputs in attached(module).items()}
+        model: nn.Module = module
+        if shrunk is not None:
+            model, weights = shrunk.model, shrunk.solutions
+        grids = {name: inputs.grid for name, inputs in attached(model).items()}
         notes: tuple[str, ...] = ()
         if options.linear != "dequantize" and grids:
             notes = (f"ranges of {len(grids)} inputs are left out: linear layers take inputs in floating point",)
@@ -132,7 +162,7 @@ class ExportRun(Callback):
             grids = {name: grid for name, grid in grids.items() if name not in left}
             notes = tuple(f"{name}: activations stay in floating point, as its weight does" for name in sorted(left))
         done = export_onnx(
-            module,
+            model,
             sample,
             options.path,
             solutions=weights,

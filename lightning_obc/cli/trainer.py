@@ -252,6 +252,7 @@ class OBCTrainer(Trainer):
         overwrite: bool = False,
         weights_only: Optional[bool] = None,
         linear: LinearKernel = "dequantize",
+        shrink: bool = False,
     ) -> Exported:
         """Write a compressed checkpoint as a file that other tools run, after validating it.
 
@@ -262,7 +263,8 @@ class OBCTrainer(Trainer):
             model: The model; its weights come from ``ckpt_path`` when that is given.
             path: The file; for ``compressed-tensors`` a folder, made if need be.
             dataloaders: Validation data, when there is no datamodule.
-            datamodule: Validation and calibration data; calibration batches give ONNX its example input.
+            datamodule: Validation and calibration data; a calibration batch is the example input, which ONNX and
+                ``shrink`` need.
             ckpt_path: The compressed checkpoint.
             format: ``onnx``, ``packed`` (safetensors with masks and codes at their own bit width), or
                 ``compressed-tensors`` (quantized linear layers in the layout of that package).
@@ -275,6 +277,8 @@ class OBCTrainer(Trainer):
             weights_only: Passed on to ``Trainer.validate``.
             linear: ONNX: ``packed`` lets linear layers compute from codes of 4 bits as they are, ``packed-int8`` in
                 integers too, for ONNX Runtime alone (see :func:`lightning_obc.export_onnx`).
+            shrink: ONNX and packed: take channels that no row reads out of the layers first (``lightning_obc.shrink``),
+                as ``Prune(Structured(…))`` leaves them.
 
         Returns:
             What was written.
@@ -284,7 +288,15 @@ class OBCTrainer(Trainer):
                 compression belongs to another model. MissingExtraError: ONNX without the extra ``onnx``.
         """
         options = ExportOptions(
-            Path(path), format, integer, activation_bits, calibration or Calibration(), dynamic_batch, overwrite, linear
+            path=Path(path),
+            format=format,
+            integer=integer,
+            activation_bits=activation_bits,
+            calibration=calibration or Calibration(),
+            dynamic_batch=dynamic_batch,
+            overwrite=overwrite,
+            linear=linear,
+            shrink=shrink,
         )
         options.check()
         run = ExportRun(options)

@@ -287,6 +287,13 @@ def test_existing_files_are_kept(packed, tmp_path, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_others_may_read_the_file_as_far_as_the_umask_lets_them(packed):
+    _, _, path = packed
+    plain = path.with_name("plain")
+    plain.touch()
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_model_that_changed_since_is_refused(packed, tmp_path):
     net, state, _ = packed
     with torch.no_grad():
