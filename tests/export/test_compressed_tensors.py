@@ -10,8 +10,11 @@ from compressed_models import compress_
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_obc.activation_spec import ActivationGrid
+from lightning_obc.activations import InputGrid, attach, detach
 from lightning_obc.errors import ExportError
 from lightning_obc.export.compressed_tensors import pack_linear, save_compressed_tensors
+from lightning_obc.grids import Grid
 from lightning_obc.specs import IntGrid
 
 GRIDS = [IntGrid(4), IntGrid(4, symmetric=True), IntGrid(3), IntGrid(8, symmetric=True)]
@@ -78,6 +81,61 @@ def test_files_hold_the_rest_of_the_model_and_a_config_that_the_package_accepts(
     package = pytest.importorskip("compressed_tensors.quantization")
     parsed = package.QuantizationConfig.model_validate(config)
     assert parsed.config_groups["group_0"].weights.num_bits == 4
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_package_loads_8_bit_weights_behind_quantized_inputs(symmetric, tmp_path):
+    """Its own way to load a model, config and tensors: the same weights, and outputs of integers in and out."""
+    package = pytest.importorskip("compressed_tensors.quantization")
+    pytest.importorskip("transformers")
+    from compressed_tensors.compressors import ModelCompressor
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 40), nn.ReLU(), nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 3))
+    grid = IntGrid(8, symmetric=symmetric)
+    state = compress_(model, grid, layers=["0"]) | compress_(model, IntGrid(4), layers=["2"])
+    state |= compress_(model, grid, layers=["4"])
+    attach(model, {name: input_grid(symmetric) for name in ("0", "2")})
+    assert save_compressed_tensors(model, state, tmp_path) == {}
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["0.weight"].dtype == torch.int8
+    assert {"2.weight_packed", "4.weight_packed", "2.input_scale"} <= set(tensors)
+    assert "4.input_scale" not in tensors
+
+    config = package.QuantizationConfig.model_validate(
+        json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    )
+    assert config.format == "mixed-precision"
+    other = nn.Sequential(nn.Linear(70, 40), nn.ReLU(), nn.Linear(40, 8), nn.ReLU(), nn.Linear(8, 3))
+    package.apply_quantization_config(other, config)
+    loader = ModelCompressor(quantization_config=config)
+    loader.compress_model(other)
+    other.load_state_dict(tensors)
+    loader.decompress_model(other)
+    for name in state:
+        assert torch.equal(other.get_submodule(name).weight, model.get_submodule(name).weight), name
+    for layer in other:
+        # The package would round the weights once more, which are on their grid already.
+        layer.quantization_status = package.QuantizationStatus.COMPRESSED
+    x = torch.randn(64, 70)
+    torch.testing.assert_close(other(x), model(x), rtol=1e-5, atol=1e-6)
+    detach(model)
+    assert not torch.allclose(other(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+def input_grid(symmetric: bool, channels: int = 1) -> InputGrid:
+    spec = ActivationGrid(8, symmetric=symmetric)
+    zero = torch.full((1, channels, 1), 128.0 if symmetric else 101.0)
+    axis = None if channels == 1 else 1
+    return InputGrid(spec, Grid(IntGrid(8, symmetric=symmetric), torch.full((1, channels, 1), 0.03), zero), axis)
+
+
+def test_ranges_of_inputs_per_channel_are_left_out_by_name(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    state = compress_(model, IntGrid(8))
+    attach(model, {"0": input_grid(False, channels=4)})
+    assert "range per channel" in save_compressed_tensors(model, state, tmp_path)["0"]
+    assert not any("input" in key for key in load_file(tmp_path / "model.safetensors"))
 
 
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
