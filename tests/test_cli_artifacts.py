@@ -261,6 +261,75 @@ def test_linear_layers_from_packed_codes(run, onnx_files):
     assert float(same.float().mean()) >= 0.98
 
 
+def test_files_of_a_folder_are_refused_before_anything_runs(run, tmp_path):
+    _, folder, call = run
+    torch.save({}, folder / "unreadable.ckpt")  # no model can be loaded from it
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(SystemExit, match=r"exists already.*config\.json"):
+        call("export", f"--ckpt_path={folder}/unreadable.ckpt", f"--path={tmp_path}", "--format=compressed-tensors")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_full_disk_is_named_and_leaves_what_was_there(run, structured, tmp_path):
+    """The operating system refuses files of more than 20 kB."""
+    resource = pytest.importorskip("resource", reason="needs limits of the operating system")
+    _, _, call = run
+    for kind in ("onnx", "packed"):
+        (tmp_path / kind).write_bytes(b"mine")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kind in ("onnx", "packed", "compressed-tensors"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        try:
+            with pytest.raises(SystemExit, match=r"ExportError.*cannot be written.*nothing was overwritten"):
+                call(
+                    "export",
+                    f"--ckpt_path={structured[0]}",
+                    f"--path={tmp_path / kind}",
+                    f"--format={kind}",
+                    "--overwrite=true",
+                )
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"onnx": b"mine", "packed": b"mine"}
+
+
+def test_an_operator_that_onnx_does_not_have_is_named(run, tmp_path):
+    _, _, call = run
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"mine")
+    with pytest.raises(SystemExit, match=r"ExportError.*cannot be translated.*bessel_j1"):
+        call("export", "--model=unexportable.BesselClassifier", f"--path={path}", "--overwrite=true")
+    assert path.read_bytes() == b"mine"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_checkpoints_that_are_damaged_or_of_another_model_are_named(run, tmp_path):
+    """Cut off, a file of another kind, not of Lightning, other shapes, other names: status 1, and nothing written."""
+    cli, _, call = run
+    whole = tmp_path / "whole.ckpt"
+    cli.trainer.save_checkpoint(whole, weights_only=True)
+    data, content = whole.read_bytes(), torch.load(whole, weights_only=True)
+    (tmp_path / "cut.ckpt").write_bytes(data[: len(data) // 2])
+    (tmp_path / "kind.ckpt").write_bytes(b"\x10\x01\x00\x00{}" * 100)
+    torch.save({"a": torch.ones(1)}, tmp_path / "plain.ckpt")
+    weights = content["state_dict"]
+    torch.save(content | {"state_dict": weights | {"head.weight": torch.ones(3, 3)}}, tmp_path / "shape.ckpt")
+    torch.save(
+        content | {"state_dict": {f"net.{key}": value for key, value in weights.items()}}, tmp_path / "name.ckpt"
+    )
+    expected = {
+        "cut": r"SpecError: The checkpoint cannot be read.*truncated or damaged",
+        "kind": r"SpecError: The checkpoint cannot be read.*file of another kind",
+        "plain": r"FingerprintError: The file is no checkpoint of Lightning",
+        "shape": r"FingerprintError: The checkpoint belongs to another model.*head\.weight.*\[3, 3\].*DigitsClassifier",
+        "name": r"FingerprintError: The checkpoint belongs to another model.*Missing key",
+    }
+    for name, match in expected.items():
+        with pytest.raises(SystemExit, match=match):
+            call("export", f"--ckpt_path={tmp_path / name}.ckpt", f"--path={tmp_path}/a.onnx")
+    assert not (tmp_path / "a.onnx").exists()
+
+
 def test_benchmark_and_report(run, onnx_files, capsys):
     from lightning_obc.cli import main
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from lightning_obc.cli.checkpoints import check_checkpoint
 from lightning_obc.cli.parsing import OBCParser, RunConfig
 from lightning_obc.cli.trainer import OBCTrainer
-from lightning_obc.errors import ScheduleError, SpecError
+from lightning_obc.errors import ScheduleError
 
 _DATA = {"model", "dataloaders", "datamodule"}
-# What Lightning itself finds a checkpoint for.
-_FOUND_BY_LIGHTNING = ("best", "last", "hpc", "registry")
 
 
 class OBCCLI(LightningCLI):
@@ -47,21 +45,14 @@ class OBCCLI(LightningCLI):
         own = dict.fromkeys(("compress", "search", "apply", "export"), _DATA)
         return {**LightningCLI.subcommands(), **own}
 
-    def before_instantiate_classes(self) -> None:
-        """Look for the checkpoint before models and data are made, which can take long.
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, and look at the checkpoint before Lightning reads it, and before models and data are made.
 
         Raises:
-            SpecError: There is no file or folder ``ckpt_path``.
+            SpecError: There is no file or folder ``ckpt_path``, or the file is damaged.
         """
-        path = str(self.config.get(str(self.subcommand), {}).get("ckpt_path") or "")
-        own = path.partition(":")[0] in _FOUND_BY_LIGHTNING or "://" in path
-        if path and not own and not Path(path).exists():
-            raise SpecError(
-                "The checkpoint is not there",
-                got=f"ckpt_path={path}, seen from {Path.cwd()}",
-                expected="a file that 'lightning-obc fit' or a Trainer has written",
-                remedy="look below the run's folder, by default lightning_logs/version_N/checkpoints",
-            )
+        super().parse_arguments(parser, args)
+        check_checkpoint(str(self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path") or ""))
 
     def instantiate_classes(self) -> None:
         """Make the configured objects; what a specification refuses is said without the parser's own layers."""

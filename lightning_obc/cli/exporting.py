@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from lightning_obc.export import (
     save_packed,
     shrink,
 )
+from lightning_obc.export.compressed_tensors import CONFIG, WEIGHTS
 from lightning_obc.files import check_target
 from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
@@ -74,6 +76,9 @@ class ExportOptions:
             raise ExportError(
                 "The folder cannot be made", got=str(self.path), expected="a folder, or a name in an existing one"
             )
+        elif self.path.is_dir():
+            for name in (WEIGHTS, CONFIG):
+                check_target(self.path / name, self.overwrite)
         if self.integer and self.format != "onnx":
             raise ExportError(
                 "Only ONNX files compute with integers", got=f"integer with format {self.format}", expected="onnx"
@@ -122,8 +127,8 @@ class ExportRun(Callback):
         elif options.format == "packed":
             notes = _lines(self._packed(module, weights, shrunk).notes)
         else:
-            options.path.mkdir(exist_ok=True)
-            notes = _lines(save_compressed_tensors(module, weights, options.path, overwrite=options.overwrite))
+            with _folder(options.path):
+                notes = _lines(save_compressed_tensors(module, weights, options.path, overwrite=options.overwrite))
         files = list(options.path.iterdir()) if options.path.is_dir() else [options.path]
         notes = (*(str(shrunk).splitlines() if shrunk else ()), *notes)
         return Exported(options.path, sum(file.stat().st_size for file in files), layers, notes)
@@ -174,6 +179,20 @@ class ExportRun(Callback):
             overwrite=options.overwrite,
         )
         return (*notes, *done.notes)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """A folder, which goes again when it was not there before and nothing comes into it."""
+    made = not path.exists()
+    path.mkdir(exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with suppress(OSError):
+                path.rmdir()
+        raise
 
 
 def _lines(notes: Mapping[str, str]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_obc.allocation import SPDY, Recipe, SearchResult
 from lightning_obc.allocation.curve import Method
 from lightning_obc.callbacks import OBCCallback
+from lightning_obc.cli.checkpoints import loading
 from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format, LinearKernel
 from lightning_obc.cli.planned import PlanRun
 from lightning_obc.cli.recipes import Applied, RecipeRun
@@ -94,11 +95,11 @@ class OBCTrainer(Trainer):
         """
         if plan:
             stages, calibration = _recipe(self.own_callbacks, stages, calibration)
-            with self._planning([_at_validate(stage) for stage in stages], calibration):
+            with loading(ckpt_path), self._planning([_at_validate(stage) for stage in stages], calibration):
                 self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
             return None
         callback = _validating(self.own_callbacks, stages, calibration, on_failure, output)
-        with self._instead_of_own(callback):
+        with loading(ckpt_path), self._instead_of_own(callback):
             self.validate(
                 model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
             )
@@ -341,7 +342,7 @@ class OBCTrainer(Trainer):
         ckpt_path: Optional[str],
         weights_only: Optional[bool],
     ) -> None:
-        with self._instead_of_own(callback):
+        with loading(ckpt_path), self._instead_of_own(callback):
             self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
 
 
