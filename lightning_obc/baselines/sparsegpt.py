@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from lightning_obc.baselines.rounding import quantized_solution, zero_codes
 from lightning_obc.baselines.units import units_of
 from lightning_obc.errors import SpecError
 from lightning_obc.grid_fitting import fit_grid
+from lightning_obc.kernels.column_elimination import Targets
 from lightning_obc.obs.columns import GridRule, Unit, column_order, eliminate, upper_factor
 from lightning_obc.obs.curves import column_curve, with_curve
 from lightning_obc.obs.damping import with_damping
@@ -39,8 +41,10 @@ class MaskRule:
     def __init__(
         self, pattern: Pattern, factor: Tensor, alive: Tensor, units: Sequence[Unit], grid: GridRule | None
     ) -> None:
-        self.pattern, self.factor, self.alive, self.grid = pattern, factor, alive, grid
+        self.pattern, self.factor, self.alive = pattern, factor, alive
         self.keep = alive.clone()
+        self.targets = replace(Targets() if grid is None else grid.targets, keep=self.keep)
+        self.by_unit = isinstance(pattern, NM)
         self.alive_units = {unit: alive[:, slice(*unit)].any(1) for unit in units}
         total = sum(flags.numel() for flags in self.alive_units.values())
         living = sum(int(flags.sum()) for flags in self.alive_units.values())
@@ -72,10 +76,6 @@ class MaskRule:
         ranks = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, : self.pattern.n]
         largest = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ranks, True)
         self.keep[:, inside] &= largest
-
-    def target(self, column: int, current: Tensor) -> Tensor:
-        kept = current if self.grid is None else self.grid.target(column, current)
-        return torch.where(self.keep[:, column], kept, 0.0)
 
     def _score(self, unit: Unit, weight: Tensor) -> Tensor:
         inside = slice(*unit)

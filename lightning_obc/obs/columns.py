@@ -17,19 +17,29 @@ from torch import Tensor
 
 from lightning_obc.errors import NotPositiveDefiniteError
 from lightning_obc.grids import Grid
+from lightning_obc.kernels.column_elimination import Targets, fix_columns
 from lightning_obc.obs.problem import Problem
 
 Unit = tuple[int, int]
 
 
 class ColumnRule(Protocol):
-    """Decides the values at which columns are fixed. ``weight`` is ``[g, d, R]``, current up to the block's end."""
+    """Decides the values at which columns are fixed. ``weight`` is ``[g, d, R]``, current up to the block's end.
+
+    Attributes:
+        targets: Where columns are fixed. Its mask is filled by the two methods.
+        by_unit: Whether :meth:`begin_unit` chooses anything; otherwise a block is fixed in one go.
+    """
+
+    @property
+    def targets(self) -> Targets: ...
+
+    @property
+    def by_unit(self) -> bool: ...
 
     def begin_block(self, units: Sequence[Unit], weight: Tensor) -> None: ...
 
     def begin_unit(self, unit: Unit, weight: Tensor) -> None: ...
-
-    def target(self, column: int, current: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -68,21 +78,19 @@ class GridRule:
         def ordered(tensor: Tensor) -> Tensor:
             return order.take(tensor).mT.contiguous()
 
-        self.scale = ordered(grid.expand(grid.scale, columns))
-        self.zero = ordered(grid.expand(grid.zero_point, columns))
-        self.keep = None if keep is None else ordered(keep)
-        self.max_code = grid.max_code
+        self.targets = Targets(
+            ordered(grid.expand(grid.scale, columns)),
+            ordered(grid.expand(grid.zero_point, columns)),
+            grid.max_code,
+            None if keep is None else ordered(keep),
+        )
+        self.by_unit = False
 
     def begin_block(self, units: Sequence[Unit], weight: Tensor) -> None:
         """Nothing to choose."""
 
     def begin_unit(self, unit: Unit, weight: Tensor) -> None:
         """Nothing to choose."""
-
-    def target(self, column: int, current: Tensor) -> Tensor:
-        scale, zero = self.scale[:, column], self.zero[:, column]
-        point = (torch.clamp(torch.round(current / scale) + zero, 0, self.max_code) - zero) * scale
-        return point if self.keep is None else torch.where(self.keep[:, column], point, 0.0)
 
 
 def column_order(problem: Problem, units: list[Unit], act_order: bool) -> ColumnOrder:
@@ -128,14 +136,9 @@ def eliminate(factor: Tensor, start: Tensor, order: ColumnOrder, rule: ColumnRul
         first, last = units[0][0], units[-1][1]
         rule.begin_block(units, weight)
         errors = torch.empty_like(weight[:, first:last])
-        for unit in units:
+        for unit in units if rule.by_unit else [(first, last)]:
             rule.begin_unit(unit, weight)
-            for column in range(*unit):
-                fixed = rule.target(column, weight[:, column])
-                error = (weight[:, column] - fixed) / factor[:, column, column, None]
-                weight[:, column] = fixed
-                weight[:, column + 1 : last] -= factor[:, column, column + 1 : last, None] * error[:, None]
-                errors[:, column - first] = error
+            fix_columns(weight, errors, factor, rule.targets, first, unit, last)
         weight[:, last:] -= factor[:, first:last, last:].mT @ errors
         losses.append(errors.double().square().sum((0, 2)) / 2)
     return order.restore(weight.mT.contiguous()), torch.cat(losses)

@@ -27,10 +27,15 @@ STRICT: dict[str, Any] = {
 
 def cached(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile, and keep the machine code on disk where there is a place to write it."""
+    return cached_as(function, STRICT)
+
+
+def cached_as(function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """:func:`cached` with options of ``numba.njit`` other than :data:`STRICT`."""
     try:
-        return numba.njit(cache=True, **STRICT)(function)
+        return numba.njit(cache=True, **options)(function)
     except RuntimeError:
-        return numba.njit(**STRICT)(function)
+        return numba.njit(**options)(function)
 
 
 def source_digest(*files: str) -> int:
