@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -92,6 +93,73 @@ def test_compress_takes_stages_of_its_own(run, tmp_path):
     weight = cli.model.stages[0].conv1.weight
     assert (weight == 0).double().mean() == 0.5
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_compress_keeps_to_the_settings_of_the_callback(run, tmp_path, capsys):
+    """Above all its store: without it, whoever kills the process loses every layer solved so far."""
+    config = recipe(tmp_path, quantize(at="validate", layers=["head"]))
+    content = yaml.safe_load(config.read_text())
+    settings = {"store": str(tmp_path / "layers"), "compare": False, "verbose": False, "save_report": False}
+    content["trainer"]["callbacks"][0]["init_args"] |= settings
+    config.write_text(yaml.safe_dump(content))
+    quiet = ["--trainer.enable_progress_bar=false", f"--output={tmp_path}/small.ckpt"]
+    run("compress", *quiet, config=config)
+    assert list((tmp_path / "layers").rglob("*.safetensors"))
+    assert "Plan of" not in (printed := capsys.readouterr().out)
+    assert "Dense against" not in printed
+    assert not list(tmp_path.glob("small.report.*"))
+    run("compress", *quiet, f"--store={tmp_path}/others", config=config)
+    assert list((tmp_path / "others").rglob("*.safetensors"))
+
+
+def test_a_checkpoint_that_has_the_stages_behind_it_is_not_silently_left_alone(run, tmp_path):
+    config = recipe(tmp_path, quantize(at="validate", layers=["head"]))
+    quiet = ["--trainer.enable_progress_bar=false"]
+    run("compress", *quiet, f"--output={tmp_path}/small.ckpt", config=config)
+    again = [*quiet, f"--ckpt_path={tmp_path}/small.ckpt", f"--output={tmp_path}/again.ckpt"]
+    with pytest.raises(SystemExit, match=r"ScheduleError: Nothing was compressed.*1 of these stages behind it"):
+        run("compress", *again, config=config)
+    assert not (tmp_path / "again.ckpt").exists()
+    with pytest.raises(SystemExit, match=r"ScheduleError: Nothing was compressed.*no validation"):
+        run("compress", *quiet, "--trainer.limit_val_batches=0", config=config)
+
+
+def test_a_checkpoint_that_a_script_has_saved_is_compressed(run, tmp_path):
+    """Its hyperparameters name no class, and may hold more than the arguments of the class."""
+    from lightning import Trainer
+
+    from examples.digits import DigitsClassifier
+
+    module = DigitsClassifier(widths=(8, 12, 16))
+    module.save_hyperparameters({"note": "of the script"})
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(max_epochs=0, accelerator="cpu", **options)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    assert "_class_path" not in torch.load(tmp_path / "dense.ckpt", weights_only=True)["hyper_parameters"]
+    config = recipe(tmp_path, quantize(at="validate", layers=["head"]))
+    quiet = ["--trainer.enable_progress_bar=false", f"--output={tmp_path}/small.ckpt"]
+    done = run("compress", *quiet, f"--ckpt_path={tmp_path}/dense.ckpt", "--model.lr=0.5", config=config)
+    assert tuple(done.model.hparams["widths"]) == (8, 12, 16)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, done.model.state_dict()[name]) == (name != "head.weight"), name
+
+
+def test_notes_on_the_model_that_is_taken(run, tmp_path, caplog, capsys):
+    """A checkpoint of another class replaces the configured model; without a checkpoint nothing was trained."""
+    config = recipe(tmp_path, quantize(at="validate", layers=["head"]))
+    dense = tmp_path / "dense.ckpt"
+    model = "examples.digits.DigitsClassifier"
+    hparams = {"_class_path": model, "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    torch.save({"hyper_parameters": hparams, "state_dict": {}}, dense)
+    asked = ["--model=lightning.pytorch.demos.boring_classes.BoringModel", "--plan=true"]
+    with caplog.at_level("INFO"), contextlib.suppress(SystemExit, Exception):
+        run("compress", *asked, f"--ckpt_path={dense}", config=config)
+    told = caplog.text + "".join(capsys.readouterr())
+    assert f"its model is {model}; Lightning takes that, not lightning.pytorch.demos" in told
+    with caplog.at_level("INFO"):
+        run("compress", "--plan=true", config=config)
+    assert "note: no --ckpt_path" in caplog.text + "".join(capsys.readouterr())
 
 
 def test_a_training_without_its_stages_does_not_end_with_status_0(run, tmp_path):

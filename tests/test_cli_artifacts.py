@@ -368,7 +368,7 @@ def test_report_says_what_it_cannot_read(tmp_path, run):
 def test_a_search_without_a_figure_names_those_there_are(run):
     _, folder, call = run
     with pytest.raises(SystemExit, match=r"val_loss.*val_accuracy"):
-        call("search", "--budgets=[0.1]", "--cost=bops")
+        call("search", "--budgets=[0.1]", "--cost=bops", f"--output={folder}/other")
     with pytest.raises(SystemExit, match="BudgetError"):
         call("search", "--budgets=[1.5]")
     with pytest.raises(SystemExit, match="latency table cannot be read"):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
 from lightning_obc.allocation.costs import CostName, CostTable, LevelSize, cost_table, count_positions, level_cost
-from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.latency import LatencyTable
 from lightning_obc.allocation.levels import FLOAT_BITS, Level
+from lightning_obc.errors import SpecError
 from lightning_obc.layers import (
     adapter_for,
     by_reason,
@@ -24,6 +24,19 @@ from lightning_obc.layers import (
 from lightning_obc.layers.parts import LayerPart
 
 OUTSIDE = "layers= or exclude= leaves it out of the search"
+
+
+class LevelSource(Protocol):
+    """What is asked of a database here, and of what stands in for one before it is built."""
+
+    @property
+    def layers(self) -> list[str]: ...
+
+    def levels(self, layer: str) -> list[Level]: ...
+
+    def missing(self) -> dict[str, dict[str, str]]: ...
+
+    def sizes(self) -> dict[str, dict[str, LevelSize]]: ...
 
 
 @dataclass(frozen=True)
@@ -43,14 +56,20 @@ class Choices:
     notes: Mapping[str, str] = field(default_factory=dict)
 
     def as_shares(self) -> Choices:
-        """The same in shares of the dense cost, as budgets are given and as errors name them."""
+        """The same in shares of the dense cost, as budgets are given and as errors name them.
+
+        Raises:
+            SpecError: The dense model costs nothing.
+        """
+        if not self.dense > 0:
+            raise SpecError("The dense model costs nothing", got=self.dense, expected="timings above 0")
         table = {name: {level: one / self.dense for level, one in row.items()} for name, row in self.table.items()}
         return Choices(table, {name: one / self.dense for name, one in self.fixed.items()}, 1.0, self.notes)
 
 
 def choices(
     model: nn.Module,
-    database: Database,
+    database: LevelSource,
     cost: CostName | LatencyTable,
     wanted: Sequence[Level],
     batches: Iterable[Any],
@@ -126,7 +145,7 @@ def _allowed(name: str, everything: Mapping[str, nn.Module], levels: Sequence[Le
 
 
 def _restrictions(
-    database: Database,
+    database: LevelSource,
     everything: Mapping[str, nn.Module],
     levels: Mapping[str, Sequence[Level]],
     allowed: Mapping[str, Sequence[Level]],
@@ -141,7 +160,8 @@ def _restrictions(
         if len(allowed[name]) == len(levels[name]):
             continue
         inside = isinstance(everything[name], LayerPart)
-        reason = "inputs of a part stay in floating point" if inside else "edges_at_8 keeps it at 8 bits or more"
+        reason = "inputs of a part stay in floating point: give it bits of weights alone, such as (4, None)"
+        reason = reason if inside else "edges_at_8 keeps it at 8 bits or more"
         notes[name] = f"{notes[name]}, {reason}" if name in notes else reason
     return notes
 

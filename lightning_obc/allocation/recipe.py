@@ -15,7 +15,7 @@ from lightning_obc.allocation.corrector import Corrector
 from lightning_obc.allocation.database import Database
 from lightning_obc.allocation.levels import Level
 from lightning_obc.allocation.rebuild import rebuild
-from lightning_obc.allocation.solve import Recipe, choose_damping, new_record, solve_levels_
+from lightning_obc.allocation.solve import Recipe, choose_damping, infeasible, new_record, solve_levels_
 from lightning_obc.allocation.stitch import Choice, layer_adapter, level_of, set_activations
 from lightning_obc.allocation.storage import from_triangle, triangle
 from lightning_obc.calibration import calibration_batches, collect_hessians
@@ -123,6 +123,7 @@ def read_recipe(path: str | Path) -> ProfileRecipe:
         if content["format"] != PROFILE_FORMAT:
             raise ValueError(f"format {content['format']}")
         levels = {name: Level.from_dict(values) for name, values in content["layers"].items()}
+        Calibration(**(content["calibration"] or {}))
         quantized = any(level.activations for level in levels.values())
         return ProfileRecipe(
             Recipe(**content["solve"]),
@@ -133,8 +134,26 @@ def read_recipe(path: str | Path) -> ProfileRecipe:
         )
     except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
         raise SpecError(
-            "A recipe cannot be read", got=f"{path}: {error}", expected=f"a recipe of format {PROFILE_FORMAT}"
+            "A recipe cannot be read",
+            got=f"{path}: {error}",
+            expected=f"a file that a search has written, of format {PROFILE_FORMAT}",
+            remedy="look in the folder search among the logs, for names like spdy-0.5.yaml",
         ) from None
+
+
+def recipe_layers(model: nn.Module, recipe: ProfileRecipe) -> dict[str, nn.Module]:
+    """The layers of a recipe.
+
+    Raises:
+        LayerNotFoundError: The model lacks one.
+        PatternError: A layer has input channels that its level does not fit.
+    """
+    layers = select_layers(model, list(recipe.levels))
+    for name, level in recipe.levels.items():
+        reason = infeasible(level, layer_adapter(layers[name]).shape(layers[name]).channels)
+        if reason is not None:
+            raise _unfit(name, level, reason)
+    return layers
 
 
 def run_recipe(
@@ -164,7 +183,7 @@ def run_recipe(
     recipe = read_recipe(path)
     spec = Calibration(**recipe.calibration)
     source = calibration_batches(batches, spec)
-    modules = select_layers(model, list(recipe.levels))
+    modules = recipe_layers(model, recipe)
     quantizer = None
     if recipe.activations is not None:
         names = [name for name in recipe.levels if not isinstance(modules[name], LayerPart)]
@@ -236,10 +255,14 @@ def _solve(name: str, module: nn.Module, level: Level, statistic: Hessian, recip
     record = new_record(weight, hessian, damping)
     solve_levels_(record, weight, hessian, channels, [level.weights], recipe)
     if level.weights.name in record.missing:
-        raise PatternError(
-            f"Layer {name!r} cannot have the recipe's level {level}",
-            got=record.missing[level.weights.name],
-            expected="a level that fits the layer",
-            remedy="use the model that the recipe was written for",
-        )
+        raise _unfit(name, level, record.missing[level.weights.name])
     return rebuild(name, record, level, weight, channels, lambda: prepare(weight, hessian, damping))
+
+
+def _unfit(name: str, level: Level, reason: str) -> PatternError:
+    return PatternError(
+        f"Layer {name!r} cannot have the recipe's level {level}",
+        got=reason,
+        expected="a level that fits the layer",
+        remedy="use the model that the recipe was written for",
+    )

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_obc.activations import ActivationGrid, ActivationQuantizer
+from lightning_obc.allocation.ahead import look_ahead
 from lightning_obc.allocation.build import build_database
 from lightning_obc.allocation.choices import choices
 from lightning_obc.allocation.corrector import Correction, Corrector
@@ -41,6 +42,7 @@ from lightning_obc.specs import Calibration
 
 Forward = Callable[[nn.Module, Any], Any]
 METHODS: tuple[Method, ...] = ("uniform", "dp", "spdy")
+_SCORES = ("error", "sensitivity", "loss")
 
 
 def default_levels(cost: CostName | LatencyTable) -> list[Level]:
@@ -117,7 +119,10 @@ def search(
 
     Raises:
         BudgetError: A budget that is not positive, above 1, or below what the levels reach: the least is named, and
-            the layers and left-out parts that it consists of.
+            the layers and left-out parts that it consists of. As far as it does not depend on what is solved, before
+            any level is.
+        LayerNotFoundError, CalibrationError, LayerNotReachedError: A name that matches nothing, a model that cannot be
+            called with a batch, layers that no batch reaches: found with one batch, before anything is solved.
         SpecError: Methods, costs or timings that cannot be used; a limit of SPDY's that leaves nothing to search.
         FingerprintError, DatabaseError: The directory holds another database, or a damaged one.
     """
@@ -125,6 +130,8 @@ def search(
     unknown = [method for method in methods if method not in METHODS]
     if unknown or not methods:
         raise SpecError("Unknown search methods", got=unknown or "none", expected=f"some of {METHODS}")
+    if scores not in _SCORES:
+        raise SpecError("Unknown scores", got=repr(scores), expected=f"one of {_SCORES}")
     if "spdy" in methods and spdy is not None:
         # It sets out from the profiles of the other two, and now is earlier than behind an hour of solving levels.
         spdy.check_searches(2)
@@ -145,16 +152,15 @@ def search(
         )
     source = calibration_batches(batches, spec)
     wanted = list(levels) if levels is not None else default_levels(cost)
+    how: dict[str, Any] = {"forward": forward, "mask_cost": mask_cost, "edges_at_8": edges_at_8}
+    look_ahead(model, source, wanted, budgets, cost, layers=layers, exclude=exclude, calibration=spec, **how)
     with shown(progress) as report, _dense_afterwards(model) as cleanup:
         database = _database(model, source, wanted, spec, forward, directory, layers, exclude, recipe, report)
         corrector = None if correct is None else Corrector(correct, model, source, forward)
         setting = _Setting(model, database, source, forward, loss, corrector, cleanup.restore)
         setting.quantizer = cleanup.quantizer = _quantizer(model, database, source, forward, activations)
-        how: dict[str, Any] = {"forward": forward, "mask_cost": mask_cost, "edges_at_8": edges_at_8}
         offered = choices(model, database, cost, wanted, source, **how)
-        if not (dense_cost := offered.dense) > 0:
-            raise SpecError("The dense model costs nothing", got=dense_cost, expected="timings above 0")
-        shares = offered.as_shares()
+        dense_cost, shares = offered.dense, offered.as_shares()
         table = shares.table
         programme = Programme(table, budgets, buckets=buckets, fixed=shares.fixed, notes=shares.notes)
         dense_metric = float(metric(model))
@@ -292,8 +298,6 @@ def _quantizer(
 def _scores(setting: _Setting, table: CostTable, kind: str) -> CostTable:
     if kind == "loss":
         return swap_losses(setting.database, setting.evaluate)
-    if kind not in ("error", "sensitivity"):
-        raise SpecError("Unknown scores", got=repr(kind), expected='"error", "sensitivity" or "loss"')
     errors = layer_errors(setting.database, _input_losses(setting, table))
     allowed = {name: {level: errors[name][level] for level in row} for name, row in table.items()}
     return allowed if kind == "error" else sensitivity_scores(allowed, setting.evaluate)

@@ -122,6 +122,8 @@ class OBCCallback(Callback):
         self._module: Optional[ref[LightningModule]] = None
         self._hooks = StepHooks()
         self._averages, self._trained = Averages(), False
+        # Whether a stage has run since a Trainer was last set up.
+        self.ran = False
         self._edges: Optional[Edges] = None
         self._beginning = Beginning()
         self._account = Account()
@@ -199,7 +201,7 @@ class OBCCallback(Callback):
         if self._module is not None and self._module() is not pl_module:
             # What was done to another model has not been done to this one.
             self._state, self._account = self._fresh(), Account()
-        self._module, self._trained = ref(pl_module), False
+        self._module, self._trained, self.ran = ref(pl_module), False, False
         compat.check_strategy(trainer)
         compat.behind_averaging(trainer, self)
         if stage == TrainerFn.FITTING and not compat.fast_dev_run(trainer):
@@ -286,6 +288,8 @@ class OBCCallback(Callback):
             timetable = self._state.timetable
             due = [timetable.stages[index] for index in timetable.due(at_validate, fitting=False)]
             self._edges = self._look(trainer, pl_module, due)
+            if due:
+                check_destination(self.save_checkpoint)
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -313,6 +317,7 @@ class OBCCallback(Callback):
         due = self._state.timetable.due(is_due, fitting=fitting)
         if not due:
             return
+        self.ran = True
         stages = {index: self._state.timetable.stages[index] for index in due}
         # Hooks of trainer.validate run in inference mode; its tensors would poison a later fit.
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:

@@ -187,7 +187,7 @@ def whole_or_not(module: nn.Module, stage: Stage, spec: Calibration) -> Iterator
 
 
 def check_destination(path: bool | str | os.PathLike[str]) -> None:
-    """Find out now, not after the training, that the compressed checkpoint cannot be written.
+    """Find out now, not after the work, that the compressed checkpoint cannot be written.
 
     Raises:
         ExportError: The folder cannot be made or written, or the path is one.
@@ -204,8 +204,8 @@ def check_destination(path: bool | str | os.PathLike[str]) -> None:
         problem = error.strerror or str(error)
     if problem is not None:
         raise ExportError(
-            "The compressed checkpoint could not be saved after the training",
-            got=f"save_checkpoint={str(target)!r}: {problem}",
+            "The compressed checkpoint could not be saved in the end",
+            got=f"{str(target)!r}: {problem}",
             expected="a file in a folder that can be written",
             remedy="choose another path",
         )

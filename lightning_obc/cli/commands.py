@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_obc.cli.checkpoints import check_checkpoint
 from lightning_obc.cli.parsing import OBCParser, RunConfig
@@ -12,6 +13,7 @@ from lightning_obc.cli.trainer import OBCTrainer
 from lightning_obc.errors import ScheduleError
 
 _DATA = {"model", "dataloaders", "datamodule"}
+_OF_TRAINED = ("compress", "search", "apply", "export")
 
 
 class OBCCLI(LightningCLI):
@@ -46,13 +48,34 @@ class OBCCLI(LightningCLI):
         return {**LightningCLI.subcommands(), **own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, and look at the checkpoint before Lightning reads it, and before models and data are made.
+        """Parse; look at the checkpoint before Lightning reads it, and before models and data are made.
 
         Raises:
             SpecError: There is no file or folder ``ckpt_path``, or the file is damaged.
         """
         super().parse_arguments(parser, args)
         check_checkpoint(str(self.config.get(str(self.config.get("subcommand")), {}).get("ckpt_path") or ""))
+        # Lightning puts the model that a checkpoint names in the place of this one.
+        self._asked = self._model_class_path()
+
+    def _model_class_path(self) -> str:
+        model = self.config.get(str(self.config.get("subcommand")), {}).get("model")
+        return str(model.get("class_path") or "") if model is not None else ""
+
+    def _note(self) -> None:
+        """Say what would go unnoticed: weights that nobody trained, another model than the configuration's."""
+        given = self.config.get(str(self.subcommand), {})
+        if self.subcommand in _OF_TRAINED and not given.get("ckpt_path") and not given.get("train"):
+            rank_zero_info("note: no --ckpt_path: the weights are those that the model has when it is made")
+        used = self._model_class_path()
+        if self._asked and used != self._asked:
+            rank_zero_info(
+                f"note: the checkpoint says that its model is {used}; Lightning takes that, not {self._asked} of the "
+                "configuration"
+            )
+
+    def before_instantiate_classes(self) -> None:
+        self._note()
 
     def instantiate_classes(self) -> None:
         """Make the configured objects; what a specification refuses is said without the parser's own layers."""

@@ -37,6 +37,23 @@ from lightning_obc.specs import Calibration
 Format = Literal["onnx", "packed", "compressed-tensors"]
 
 
+def format_of(path: Path) -> Format:
+    """The format that the ending of a name stands for.
+
+    Raises:
+        ExportError: It stands for none.
+    """
+    known: dict[str, Format] = {".onnx": "onnx", ".safetensors": "packed"}
+    if path.suffix.lower() not in known:
+        raise ExportError(
+            "The name does not say in which format to export",
+            got=str(path),
+            expected="a name that ends in .onnx or .safetensors (packed)",
+            remedy="choose one with --format: onnx, packed or compressed-tensors (a folder)",
+        )
+    return known[path.suffix.lower()]
+
+
 @dataclass(frozen=True)
 class Exported:
     """What was written.

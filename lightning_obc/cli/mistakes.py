@@ -122,7 +122,7 @@ def _hint(text: str, place: Sequence[str]) -> str:
     if match := re.match(r"Option '([^']*)' is not accepted", text):
         if match[1] == "class_path":
             return '; write the arguments of a class below "init_args", beside its "class_path"'
-        return _choices(match[1], _arguments(place[-1]) if place else [])
+        return _choices(match[1], arguments_of(place[-1]) if place else [])
     if match := re.match(r"Group '([^']*)' does not accept option '([^']*)'", text):
         return _choices(match[2], _group_fields(place[-1] if place else "", match[1]))
     if match := re.match(r"module '([^']*)' has no attribute '([^']*)'", text):
@@ -150,7 +150,8 @@ def _class(path: str) -> Any:
         return None
 
 
-def _arguments(path: str) -> list[str]:
+def arguments_of(path: str) -> list[str]:
+    """Names of the arguments of a class; none where it cannot be imported."""
     kind = _class(path)
     return [] if kind is None else [name for name in inspect.signature(kind).parameters if name != "kwargs"]
 

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_obc.allocation import ProfileRecipe, read_recipe, run_recipe
+from lightning_obc.allocation.recipe import recipe_layers
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.passes import collector
+from lightning_obc.cli.ahead import trial
 from lightning_obc.cli.stitched import StitchedRun
 from lightning_obc.report import render
 from lightning_obc.specs import Calibration
@@ -43,6 +45,12 @@ class RecipeRun(StitchedRun):
         self.recipe = read_recipe(recipe)
         super().__init__(self.recipe)
         self.result: Applied | None = None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = recipe_layers(pl_module, self.recipe)
+        with trial(trainer, pl_module, Calibration(**self.recipe.calibration)) as collect:
+            if collect is not None:
+                collect.order(layers)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:

@@ -2,106 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_obc.allocation import (
-    SPDY,
-    LatencyTable,
-    Level,
-    Recipe,
-    SearchResult,
-    block_ladder,
-    product,
-    unstructured_ladder,
-)
-from lightning_obc.allocation.curve import Method
+from lightning_obc.allocation import LatencyTable, Level, SearchResult
 from lightning_obc.allocation.latency import measure_latency
-from lightning_obc.allocation.search import check_budgets
 from lightning_obc.allocation.summary import loss_curves, point_report
-from lightning_obc.allocation.tradeoff import METHODS, default_levels, search
+from lightning_obc.allocation.tradeoff import default_levels, search
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display, say
 from lightning_obc.callbacks.passes import collector
 from lightning_obc.callbacks.recording import started_with
 from lightning_obc.cli.exporting import onnx_sample
+from lightning_obc.cli.search_options import COUNTED, SearchOptions
 from lightning_obc.cli.stitched import StitchedRun
-from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, OBCError, SpecError
-from lightning_obc.export import LinearKernel, layer_runner, model_runner
+from lightning_obc.export import layer_runner, model_runner
 from lightning_obc.layers import is_lookup, select_layers
 from lightning_obc.layers.parts import LayerPart
 from lightning_obc.report import default_formats, report_record, save_report
-from lightning_obc.specs import ActivationGrid, Calibration
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Levels that a layer may take: every pattern with every pair of bit widths, and ladders of densities.
-
-    Args:
-        patterns: Patterns as in ``Prune``, such as ``"2:4"`` or ``0.5``; null keeps all weights.
-        bits: Pairs of bit widths of weights and activations; null leaves that side floating point.
-        ladder: Smallest density of an unstructured ladder 1, 0.9, 0.81, …; null for none.
-        blocks: Smallest density of such a ladder of blocks; null for none.
-        block_size: Consecutive input channels of a block.
-        ladder_bits: Pairs of bit widths for every level of the ladders.
-    """
-
-    patterns: list[Union[str, int, float, None]] = field(default_factory=lambda: [None])
-    bits: list[tuple[Optional[int], Optional[int]]] = field(default_factory=lambda: [(None, None)])
-    ladder: Optional[float] = None
-    blocks: Optional[float] = None
-    block_size: int = 4
-    ladder_bits: list[tuple[Optional[int], Optional[int]]] = field(default_factory=lambda: [(None, None)])
-
-    def __post_init__(self) -> None:
-        self.make()
-
-    def make(self) -> list[Level]:
-        """The levels."""
-        ladder = [] if self.ladder is None else unstructured_ladder(self.ladder)
-        ladder += [] if self.blocks is None else block_ladder(self.block_size, self.blocks)
-        patterns = [level.pattern for level in ladder if level.pattern is not None]
-        return [*product(self.patterns, self.bits), *product(patterns, self.ladder_bits)]
-
-
-@dataclass(frozen=True)
-class SearchOptions:
-    """The options of ``lightning-obc search``; see :meth:`OBCTrainer.search`."""
-
-    budgets: Sequence[float]
-    cost: str = "bops"
-    levels: Optional[Levels] = None
-    metric: Optional[str] = None
-    mode: Literal["max", "min"] = "max"
-    methods: Sequence[Method] = METHODS
-    scores: Literal["error", "sensitivity", "loss"] = "sensitivity"
-    correct: Optional[Correct] = None
-    calibration: Calibration = field(default_factory=Calibration)
-    spdy: Optional[SPDY] = None
-    solve: Recipe = field(default_factory=Recipe)
-    activations: Optional[ActivationGrid] = None
-    layers: Optional[Sequence[str]] = None
-    exclude: Optional[Sequence[str]] = None
-    edges_at_8: bool = False
-    mask_cost: bool = False
-    threads: int = 1
-    database: Optional[str] = None
-    output: Optional[str] = None
-    linear: LinearKernel = "dequantize"
-
-    def check(self) -> None:
-        """Refuse what can be refused before anything runs."""
-        check_budgets(self.budgets, 0.0, dense=1.0)
-        if self.cost not in ("flops", "bops", "bytes", "seconds"):
-            LatencyTable.load(self.cost)
 
 
 class SearchRun(StitchedRun):
@@ -113,6 +36,17 @@ class SearchRun(StitchedRun):
         self.result: SearchResult | None = None
         self.directory: Path | None = None
         self._notes: list[str] = []
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.options.look(trainer, pl_module)
+
+    def figures(self, logged: dict[str, float]) -> None:
+        """Find out from what a validation has logged that there is nothing to judge by.
+
+        Raises:
+            SpecError: There is no such figure, or several and none is named.
+        """
+        _metric_name(logged, self.options.metric)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
@@ -163,7 +97,7 @@ class SearchRun(StitchedRun):
     def _cost(self, module: LightningModule, batches: Any, forward: Any, levels: list[Level] | None) -> Any:
         """The cost's name, or seconds per layer: measured through ONNX Runtime, or read from a file."""
         options = self.options
-        if options.cost in ("flops", "bops", "bytes"):
+        if options.cost in COUNTED:
             return options.cost
         if options.cost != "seconds":
             return LatencyTable.load(options.cost)
@@ -191,11 +125,8 @@ class SearchRun(StitchedRun):
         return table
 
     def _folder(self, trainer: Trainer) -> Path:
-        """A new folder, or the one that was asked for."""
-        if self.options.output is not None:
-            folder = Path(self.options.output)
-        else:
-            folder = Path(trainer.log_dir or trainer.default_root_dir) / "search"
+        """The folder for the results, made."""
+        folder = self.options.folder(trainer)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

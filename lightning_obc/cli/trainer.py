@@ -13,11 +13,13 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning_obc.allocation import SPDY, Recipe, SearchResult
 from lightning_obc.allocation.curve import Method
 from lightning_obc.callbacks import OBCCallback
+from lightning_obc.cli.ahead import LookAhead, check_output
 from lightning_obc.cli.checkpoints import loading
-from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format, LinearKernel
+from lightning_obc.cli.exporting import Exported, ExportOptions, ExportRun, Format, LinearKernel, format_of
 from lightning_obc.cli.planned import PlanRun
 from lightning_obc.cli.recipes import Applied, RecipeRun
-from lightning_obc.cli.searching import Levels, SearchOptions, SearchRun
+from lightning_obc.cli.search_options import Levels, SearchOptions
+from lightning_obc.cli.searching import SearchRun
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ScheduleError
 from lightning_obc.specs import ActivationGrid, Calibration, Prune, Quantize, Stage
@@ -67,6 +69,7 @@ class OBCTrainer(Trainer):
         calibration: Optional[Calibration] = None,
         on_failure: Optional[Literal["keep", "raise"]] = None,
         output: Union[bool, str] = True,
+        store: Optional[str] = None,
         weights_only: Optional[bool] = None,
         plan: bool = False,
     ) -> Optional[OBCCallback]:
@@ -84,6 +87,8 @@ class OBCTrainer(Trainer):
             on_failure: ``"keep"`` leaves a layer that cannot be solved as it is and says so (the default);
                 ``"raise"`` stops at it.
             output: Where the compressed checkpoint goes: true for ``compressed.ckpt`` among the logs, a path, or false.
+            store: A folder that gets every solved layer at once: the same command goes on there after an interruption.
+                By default that of the ``OBCCallback`` when the stages are its own.
             weights_only: Passed on to ``Trainer.validate``.
             plan: Print what the stages would do, their memory and time, and stop before anything runs.
 
@@ -91,17 +96,26 @@ class OBCTrainer(Trainer):
             The callback that did the work; its ``report`` holds the figures. None for a plan.
 
         Raises:
-            ScheduleError: There are no stages, neither here nor in a callback.
+            ScheduleError: There are no stages, neither here nor in a callback; or none ran.
         """
         if plan:
             stages, calibration = _recipe(self.own_callbacks, stages, calibration)
             with loading(ckpt_path), self._planning([_at_validate(stage) for stage in stages], calibration):
                 self.validate(model, dataloaders, ckpt_path, datamodule=datamodule, weights_only=weights_only)
             return None
-        callback = _validating(self.own_callbacks, stages, calibration, on_failure, output)
+        check_output(output, ckpt_path)
+        callback = _validating(self.own_callbacks, stages, calibration, on_failure, output, store)
         with loading(ckpt_path), self._instead_of_own(callback):
             self.validate(
                 model, dataloaders, ckpt_path, verbose=False, datamodule=datamodule, weights_only=weights_only
+            )
+        if not callback.ran:
+            behind = f"a checkpoint that has {callback.stages_run} of these stages behind it"
+            raise ScheduleError(
+                "Nothing was compressed",
+                got=behind if callback.stages_run else "no validation, at whose end the stages run",
+                expected="a dense checkpoint, validation data, and stages that have not run",
+                remedy="choose the dense checkpoint or other stages; lightning-obc validate and export take this one",
             )
         return callback
 
@@ -130,6 +144,7 @@ class OBCTrainer(Trainer):
         threads: int = 1,
         database: Optional[str] = None,
         output: Optional[str] = None,
+        overwrite: bool = False,
         train: bool = False,
         weights_only: Optional[bool] = None,
         linear: LinearKernel = "dequantize",
@@ -162,6 +177,7 @@ class OBCTrainer(Trainer):
             threads: Threads of ONNX Runtime where time is measured.
             database: Folder of the database of levels, to be gone on with; by default it is not kept.
             output: Folder for what is written; by default ``search`` among the logs.
+            overwrite: Write over the results of another search in that folder.
             train: Train the model first; not when there is a ``ckpt_path``.
             weights_only: Passed on to ``Trainer.validate``.
             linear: Where time is measured: how linear layers with quantized weights will be exported
@@ -172,6 +188,9 @@ class OBCTrainer(Trainer):
 
         Raises:
             BudgetError, SpecError: Budgets, costs or figures that cannot be used.
+            CalibrationError, LayerNotFoundError, LayerNotReachedError: As when a compression begins; with ``train``
+                before the training.
+            ExportError: The folder holds the results of another search.
         """
         options = SearchOptions(
             budgets=list(budgets),
@@ -194,11 +213,12 @@ class OBCTrainer(Trainer):
             database=database,
             output=output,
             linear=linear,
+            overwrite=overwrite,
         )
         options.check()
         run = SearchRun(options)
         if train and ckpt_path is None:
-            with self._instead_of_own():
+            with self._instead_of_own(LookAhead(options.look, run.figures)):
                 self.fit(model, datamodule=datamodule)
         self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
         assert run.result is not None
@@ -231,6 +251,7 @@ class OBCTrainer(Trainer):
         Raises:
             SpecError: The recipe cannot be read. LayerNotFoundError, PatternError: The model cannot have its levels.
         """
+        check_output(output, ckpt_path)
         run = RecipeRun(Path(recipe), output)
         self._validate_with(run, model, dataloaders, datamodule, ckpt_path, weights_only)
         assert run.result is not None
@@ -245,7 +266,7 @@ class OBCTrainer(Trainer):
         dataloaders: Any = None,
         datamodule: Optional[LightningDataModule] = None,
         ckpt_path: Optional[str] = None,
-        format: Format = "onnx",
+        format: Optional[Format] = None,
         integer: bool = False,
         activation_bits: int = 8,
         calibration: Optional[Calibration] = None,
@@ -268,7 +289,8 @@ class OBCTrainer(Trainer):
                 ``shrink`` need.
             ckpt_path: The compressed checkpoint.
             format: ``onnx``, ``packed`` (safetensors with masks and codes at their own bit width), or
-                ``compressed-tensors`` (quantized linear layers in the layout of that package).
+                ``compressed-tensors`` (quantized linear layers in the layout of that package, a folder). By default
+                what the ending of the path says: ``.onnx``, or ``.safetensors`` for packed.
             integer: ONNX: quantize every tensor between quantized layers, by ranges on the calibration data, so that
                 integer kernels run. Otherwise only inputs whose ranges the checkpoint of a search holds.
             activation_bits: ONNX: 8, or 7 for CPUs without VNNI.
@@ -288,12 +310,13 @@ class OBCTrainer(Trainer):
             ExportError: The file exists, or the model cannot be exported. FingerprintError: The checkpoint's
                 compression belongs to another model. MissingExtraError: ONNX without the extra ``onnx``.
         """
+        target, calibration = Path(path), calibration or Calibration()
         options = ExportOptions(
-            path=Path(path),
-            format=format,
+            path=target,
+            format=format or format_of(target),
             integer=integer,
             activation_bits=activation_bits,
-            calibration=calibration or Calibration(),
+            calibration=calibration,
             dynamic_batch=dynamic_batch,
             overwrite=overwrite,
             linear=linear,
@@ -368,13 +391,17 @@ def _validating(
     calibration: Optional[Calibration],
     on_failure: Optional[Literal["keep", "raise"]],
     output: Union[bool, str],
+    store: Optional[str],
 ) -> OBCCallback:
-    """A callback that runs the given stages, or those of the Trainer's own callback, during validation."""
+    """A callback that runs the given stages, or those of the Trainer's own callback as it is set, during validation."""
+    own: dict[str, Any] = {}
     if stages is None and len(present) == 1:
-        on_failure = on_failure or present[0].on_failure
+        names = ("on_failure", "store", "compare", "verbose", "save_report", "check_calibration")
+        own = {name: getattr(present[0], name) for name in names}
+    given = {name: value for name, value in {"on_failure": on_failure, "store": store}.items() if value is not None}
     recipe, calibration = _recipe(present, stages, calibration)
     return OBCCallback(
-        [_at_validate(stage) for stage in recipe], calibration, on_failure or "keep", save_checkpoint=output
+        [_at_validate(stage) for stage in recipe], calibration, save_checkpoint=output, **{**own, **given}
     )
 
 
