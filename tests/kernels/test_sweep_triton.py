@@ -169,7 +169,7 @@ def test_rows_start_anew_when_few_columns_are_left(result: Results, mode: Mode) 
 
 @pytest.mark.parametrize("mode", [SOME[0], SOME[3]], ids=lambda mode: mode.name)
 def test_without_restarts_the_float32_order_would_drift(result: Results, mode: Mode) -> None:
-    """The restart is what the test of worn rows tests: without it, the order or the losses are off by more than it allows."""
+    """What the test of worn rows tests: without restarts, the order or the losses are off by more than it allows."""
     out, oracle = result(f"scarce without restarts {mode.name}"), mode.run(scarce_problem(mode), "naive")
     assert bool(out.broken.any()) or agreement(out, oracle) < 0.99 or worst_row(out, oracle) > 0.05
 
