@@ -86,3 +86,22 @@ def test_broken_numbers_are_not_hidden():
     fix_columns(weight, torch.empty_like(weight), factor, targets_of(weight, "grid"), 0, (0, 8), 8)
     assert bool(weight[0, 2, 1].isnan())
     assert bool(weight[0, :, [0, 2, 3]].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_no_rows_and_arrays_of_any_strides(dtype):
+    start, factor = problem(2, 20, 9, torch.float32)
+    targets = targets_of(start, "grid and mask")
+
+    def turned(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        return tensor.mT.contiguous().mT
+
+    strided = Targets(turned(targets.scale), turned(targets.zero_point), 7, turned(targets.keep))
+    found = []
+    for call in (_torch, fix_columns):
+        weight, errors = turned(start), turned(start)[:, 5:15]
+        call(weight, errors, turned(factor), strided, 5, (5, 15), 15)
+        found.append((weight, errors))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    fix_columns(weight[..., :0], errors[..., :0], factor.to(dtype), Targets(), 5, (5, 15), 15)

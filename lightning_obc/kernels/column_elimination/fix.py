@@ -79,6 +79,8 @@ def _compiled(
     from lightning_obc.kernels.column_elimination.compiled import fix_rows
 
     groups, _, rows = weight.shape
+    if rows == 0:
+        return
     gridded, masked = targets.scale is not None, targets.keep is not None
     # What is absent is never read: any array of its type and shape takes the place.
     scale, zero = (weight if part is None else part for part in (targets.scale, targets.zero_point))
