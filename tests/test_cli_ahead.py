@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -12,6 +13,7 @@ from torch import nn
 
 from examples.digits import DigitsClassifier
 from lightning_obc.cli import main
+from lightning_obc.cli.ahead import LookAhead
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +57,7 @@ def with_spare_layer(init):
         ("--metric=val_acc", r"SpecError.*'val_acc'.*val_accuracy"),
         ("--budgets=[0.5,0.00001]", r"BudgetError: .*0\.5|BudgetError: .*1e-05.*at least"),
         ("--cost=bobs", r"SpecError: Unknown cost. Got: 'bobs'.*bops"),
+        ("--linear=packed", r"SpecError: .*linear packed with cost bops.*seconds"),
         ("calibration_step", r"CalibrationError.*calibration batch cannot be sent"),
         ("spare", r"LayerNotReachedError.*spare"),
     ],
@@ -68,6 +71,43 @@ def test_mistakes_in_a_search_are_told_before_its_training(run, monkeypatch, opt
         monkeypatch.setattr(DigitsClassifier, "__init__", with_spare_layer(DigitsClassifier.__init__))
     with pytest.raises(SystemExit, match=words):
         run("search", "digits_search", *extra)
+
+
+def test_a_search_by_time_misses_its_extra_before_its_training(run, monkeypatch):
+    monkeypatch.setattr(DigitsClassifier, "training_step", refuse)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(SystemExit, match=r"MissingExtraError.*onnxruntime.*lightning-obc\[onnx\]"):
+        run("search", "digits_search", "--cost=seconds")
+
+
+class LogsLate(L.LightningModule):
+    """Nothing in the sanity check, and one of its figures in the first epoch alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 1)
+
+    def training_step(self, batch, index):
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, index):
+        if not self.trainer.sanity_checking:
+            self.log("val_loss", 1.0)
+            if self.current_epoch == 0:
+                self.log("val_rare", 2.0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def test_figures_are_looked_at_once_where_a_validation_logs_some():
+    """A figure that later epochs leave out must not end a training, nor a sanity check that logs nothing."""
+    looked: list[dict[str, float]] = []
+    loader = torch.utils.data.DataLoader(torch.zeros(2, 2))
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = L.Trainer(max_epochs=2, accelerator="cpu", callbacks=[LookAhead(lambda *_: None, looked.append)], **quiet)
+    trainer.fit(LogsLate(), loader, loader)
+    assert looked == [{"val_loss": 1.0, "val_rare": 2.0}]
 
 
 def test_a_search_does_not_write_over_another_ones_results(run, monkeypatch, tmp_path):
@@ -116,6 +156,18 @@ def test_the_dense_checkpoint_is_not_written_over(run, tmp_path, subcommand):
         with pytest.raises(SystemExit, match=r"ExportError.*would replace the one that it is made from"):
             run(subcommand, "digits_4bit", f"--ckpt_path={dense}", f"--output={output}", *recipe)
     assert dense.read_bytes() == before
+
+
+def test_a_checkpoint_by_the_name_of_the_recipe_is_not_written_over(run, tmp_path):
+    """Without a logger the place is the same every time, and may be that of the dense checkpoint."""
+    recipe = {"format": 1, "solve": {}, "calibration": {"samples": 64}, "layers": {"head": {"grid": 4}}}
+    (tmp_path / "dense.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "dense.ckpt").write_text("of the user")
+    quiet = ["--trainer.callbacks=null", "--trainer.logger=false", "--trainer.limit_val_batches=1"]
+    done = run("apply", "digits", *quiet, f"--recipe={tmp_path}/dense.yaml")
+    assert (tmp_path / "dense.ckpt").read_text() == "of the user"
+    assert done.result.checkpoint == tmp_path / "dense-v1.ckpt"
+    assert done.result.checkpoint.is_file()
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_compression(run, monkeypatch, tmp_path):

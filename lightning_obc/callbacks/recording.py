@@ -29,9 +29,12 @@ def checkpoint_path(trainer: Trainer, wanted: bool | str | os.PathLike[str]) -> 
     if not isinstance(wanted, bool):
         return Path(wanted)
     beside = getattr(trainer.checkpoint_callback, "dirpath", None)
-    folder = Path(beside or trainer.log_dir or trainer.default_root_dir)
-    # As ModelCheckpoint does: never over the file of an earlier run.
-    names = ("compressed.ckpt", *(f"compressed-v{version}.ckpt" for version in range(1, 10_000)))
+    return free_path(Path(beside or trainer.log_dir or trainer.default_root_dir), "compressed")
+
+
+def free_path(folder: Path, stem: str) -> Path:
+    """A checkpoint's path in a folder. As ModelCheckpoint does: never that of a file that is there."""
+    names = (f"{stem}.ckpt", *(f"{stem}-v{version}.ckpt" for version in range(1, 10_000)))
     return next(folder / name for name in names if not (folder / name).exists())
 
 

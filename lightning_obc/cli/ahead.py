@@ -38,24 +38,28 @@ def trial(trainer: Trainer, module: LightningModule, spec: Calibration) -> Itera
 
 
 class LookAhead(Callback):
-    """In the training that comes before a search: looks at its beginning, and at what the first validation logs.
+    """In the training that comes before a search: looks at its beginning, and once at what a validation logs.
 
     Args:
         look: Called with Trainer and module once model and data are there.
-        figures: Called with the names of the scalars that a validation has logged.
+        figures: Called with the scalars that the first validation has logged; not with none of a sanity check.
     """
 
     def __init__(
         self, look: Callable[[Trainer, LightningModule], None], figures: Callable[[dict[str, float]], Any]
     ) -> None:
-        self._look, self._figures = look, figures
+        self._look, self._figures, self._is_over = look, figures, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._look(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The sanity check is the first validation, unless there is none: then it is that of the first epoch.
+        # The sanity check is the first validation; where there is none, or it logs nothing, that of the first epoch.
+        # Later ones may leave figures out: no reason to end a training.
         logged = compat.validation_metrics(trainer)
+        if self._is_over or (trainer.sanity_checking and not logged):
+            return
+        self._is_over = True
         self._figures({name: float(value) for name, value in logged.items() if value.numel() == 1})
 
 

@@ -15,9 +15,11 @@ from lightning_obc.allocation.recipe import recipe_layers
 from lightning_obc.callbacks import compat
 from lightning_obc.callbacks.display import Display
 from lightning_obc.callbacks.passes import collector
+from lightning_obc.callbacks.recording import free_path
 from lightning_obc.cli.ahead import trial
 from lightning_obc.cli.stitched import StitchedRun
 from lightning_obc.report import render
+from lightning_obc.report.tables import figure_cells
 from lightning_obc.specs import Calibration
 
 
@@ -61,7 +63,7 @@ class RecipeRun(StitchedRun):
             self.carry(done.recipe.levels, done.solutions, done.quantizer)
             small = compat.evaluate(trainer)
         figures = {name: (dense[name], value) for name, value in small.items() if name in dense}
-        rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in figures.items()]
+        rows = [[name, *figure_cells(*pair)] for name, pair in figures.items()]
         pl_module.print("\n" + render(f"Recipe {self.path.name}", ("figure", "dense", "compressed", "change"), rows))
         self.result = Applied(self.recipe, figures, self._save(trainer))
 
@@ -69,6 +71,7 @@ class RecipeRun(StitchedRun):
         if self.output is False:
             return None
         folder = Path(trainer.log_dir or trainer.default_root_dir)
-        path = folder / f"{self.path.stem}.ckpt" if self.output is True else Path(self.output)
+        path = free_path(folder, self.path.stem) if self.output is True else Path(self.output)
+        path = compat.same_path(trainer, path)
         trainer.save_checkpoint(path, weights_only=False)
         return path

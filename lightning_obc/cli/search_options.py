@@ -17,7 +17,7 @@ from lightning_obc.allocation.tradeoff import METHODS, default_levels
 from lightning_obc.cli.ahead import trial
 from lightning_obc.correction_spec import Correct
 from lightning_obc.errors import ExportError, SpecError
-from lightning_obc.export import LinearKernel
+from lightning_obc.export import LinearKernel, layer_runner
 from lightning_obc.specs import ActivationGrid, Calibration
 
 COUNTED = ("flops", "bops", "bytes")
@@ -91,6 +91,16 @@ class SearchOptions:
                     expected=f"one of {', '.join(COUNTED)}, seconds, or the JSON file of a latency table",
                 )
             LatencyTable.load(self.cost)
+        if self.cost == "seconds":
+            # A missing extra shows now, not behind a training.
+            layer_runner(threads=self.threads, linear=self.linear)
+        elif self.linear != "dequantize":
+            raise SpecError(
+                "How linear layers are exported counts in measured time alone",
+                got=f"linear {self.linear} with cost {self.cost}",
+                expected="cost seconds",
+                remedy="leave --linear to export",
+            )
         if self.output is not None:
             self.check_folder(Path(self.output))
 

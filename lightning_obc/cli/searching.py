@@ -46,7 +46,7 @@ class SearchRun(StitchedRun):
         Raises:
             SpecError: There is no such figure, or several and none is named.
         """
-        _metric_name(logged, self.options.metric)
+        _metric_name(logged, self.options.metric, "; without a sanity check: --trainer.num_sanity_val_steps=0")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad(), Display(trainer) as display:
@@ -172,8 +172,8 @@ def _restore(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
         value.copy_(state[key])
 
 
-def _metric_name(figures: dict[str, float], wanted: str | None) -> str:
-    """The validation figure to judge by: the one named, or the only one.
+def _metric_name(figures: dict[str, float], wanted: str | None, more: str = "") -> str:
+    """The validation figure to judge by: the one named, or the only one; ``more`` ends the error's remedy.
 
     Raises:
         SpecError: There is no such figure, or several and none is named.
@@ -186,5 +186,5 @@ def _metric_name(figures: dict[str, float], wanted: str | None) -> str:
         "The search needs one validation figure to judge by",
         got=repr(wanted) if wanted is not None else "no name",
         expected=f"one of {list(figures)}" if figures else "figures that validation_step logs",
-        remedy="name it with metric, and say with mode whether large or small is good",
+        remedy=f"name it with metric, and say with mode whether large or small is good{more}",
     )

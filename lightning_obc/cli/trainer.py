@@ -242,7 +242,8 @@ class OBCTrainer(Trainer):
             dataloaders: Validation data, when there is no datamodule.
             datamodule: Validation and calibration data.
             ckpt_path: Checkpoint with the dense weights.
-            output: Where the compressed checkpoint goes: true for the recipe's name among the logs, a path, or false.
+            output: Where the compressed checkpoint goes: true for the recipe's name among the logs (never over
+                a file that is there), a path, or false.
             weights_only: Passed on to ``Trainer.validate``.
 
         Returns:
