@@ -228,8 +228,12 @@ def test_compressed_tensors_fill_a_folder(run):
     checkpoint = folder / "search" / f"compressed-{BUDGETS[1]:g}.ckpt"
     if "w" not in cli.result.point(BUDGETS[1]).profile["head"]:
         pytest.skip("the search left the only linear layer dense")
+    (folder / "small").mkdir()
+    (folder / "small" / "README.md").write_text("mine")
     done = call("export", f"--ckpt_path={checkpoint}", f"--path={folder}/small", "--format=compressed-tensors")
-    assert sorted(file.name for file in done.result.path.iterdir()) == ["config.json", "model.safetensors"]
+    sizes = {file.name: file.stat().st_size for file in done.result.path.iterdir()}
+    assert sorted(sizes) == ["README.md", "config.json", "model.safetensors"]
+    assert done.result.size == sizes["config.json"] + sizes["model.safetensors"]
     assert any("stem" in note for note in done.result.notes)
 
 

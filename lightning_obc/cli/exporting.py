@@ -146,7 +146,8 @@ class ExportRun(Callback):
         else:
             with _folder(options.path):
                 notes = _lines(save_compressed_tensors(module, weights, options.path, overwrite=options.overwrite))
-        files = list(options.path.iterdir()) if options.path.is_dir() else [options.path]
+        # Of a folder what was written: there may be other files in it.
+        files = [options.path / name for name in (WEIGHTS, CONFIG)] if options.path.is_dir() else [options.path]
         notes = (*(str(shrunk).splitlines() if shrunk else ()), *notes)
         return Exported(options.path, sum(file.stat().st_size for file in files), layers, notes)
 

@@ -32,8 +32,9 @@ def write_packed(target: Path, manifest: Mapping[str, Any], tensors: Mapping[str
     Raises:
         ExportError: It cannot be written; an existing file is untouched.
     """
-    small = sorted(name for name, one in tensors.items() if one.numel() * one.element_size() < _SMALL_BYTES)
-    stored = {name: one for name, one in tensors.items() if name not in set(small)}
+    is_small = {name: one.numel() * one.element_size() < _SMALL_BYTES for name, one in tensors.items()}
+    small = sorted(name for name in tensors if is_small[name])
+    stored = {name: one for name, one in tensors.items() if not is_small[name]}
     if small:
         manifest = {**manifest, SMALL: [[name, *_form(tensors[name])] for name in small]}
         stored[SMALL] = torch.cat([_as_bytes(tensors[name]) for name in small])
