@@ -23,6 +23,7 @@ from channel_cases import assert_parity as assert_same_channels
 from sweep_cases import MODES, Mode, agreement, assert_parity, make_problem
 from triton_scenarios import (
     CHANNEL_CASES,
+    FEW_LEFT_MODES,
     GRID,
     SCENARIOS,
     SOME,
@@ -160,7 +161,7 @@ def test_worn_rows_restart_from_float64(result: Results, mode: Mode) -> None:
     assert worst_row(out, oracle) < 1e-3
 
 
-@pytest.mark.parametrize("mode", [SOME[0], SOME[2]], ids=lambda mode: mode.name)
+@pytest.mark.parametrize("mode", FEW_LEFT_MODES, ids=lambda mode: mode.name)
 def test_rows_start_anew_when_few_columns_are_left(result: Results, mode: Mode) -> None:
     got = result(f"few left {mode.name}")
     assert got["restarts"] == 1

@@ -44,6 +44,7 @@ BACKEND = "lightning_obc.kernels.obs_sweep.triton_backend"
 SOME = [MODES[0], MODES[1], MODES[5], BLOCKS[0]]
 PARITY_MODES = [*SOME, MODES[4]]
 OTHERS = [MODES[2], MODES[3], MODES[6], Mode("block 2", block=2), Mode("block 3", block=3), Mode("block 8", block=8)]
+FEW_LEFT_MODES = [MODES[0], MODES[5], Mode("block 2", block=2)]
 RAGGED = (2, 2, 14)
 F32, F64 = torch.float32, torch.float64
 CASES = [((1, 1, 1), None, F32), ((5, 1, 7), 0.8, F32), (RAGGED, None, F32), (RAGGED, 0.8, F64), (RAGGED, 0.3, F32)]
@@ -393,7 +394,7 @@ SCENARIOS: dict[str, Scenario] = {
     "waits": waits,
     "waits of blocks": partial(waits, block=True),
     "strided": strided,
-    **{f"few left {mode.name}": partial(few_left, mode=mode) for mode in (SOME[0], SOME[2])},
+    **{f"few left {mode.name}": partial(few_left, mode=mode) for mode in FEW_LEFT_MODES},
     **{f"channels {case}": channels(case) for case in CHANNEL_CASES},
     "broken channels": broken_channels,
     "waits of channels": waits_of_channels,

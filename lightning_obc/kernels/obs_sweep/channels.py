@@ -34,8 +34,9 @@ _MODULES = {
 # A program holds whole diagonal blocks in its registers.
 LARGEST_TRITON_CHANNEL = 64
 # The compiled sweep works on the diagonal blocks of 16 channels at a time, also where there are fewer, and from about
-# 16 positions on these are larger than the first cache. On channels of that many positions torch was faster up to so
-# many channels, with one inverse and with one for every row (``benchmarks/results/channels_1core.md``).
+# 16 positions on these are larger than the first cache. On channels of that many positions torch was faster (at 16 as
+# fast, within 3 %) up to so many channels, with one inverse and with one for every row
+# (``benchmarks/results/channels_1core.md``).
 TORCH_POSITIONS, TORCH_CHANNELS, TORCH_OWN_CHANNELS = 16, 32, 8
 
 
