@@ -176,6 +176,13 @@ def test_a_place_that_cannot_be_written_is_found_before_the_compression(run, mon
         run("compress", "digits_4bit", f"--output={tmp_path}")
 
 
+def test_an_export_misses_its_extra_before_the_validation(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(DigitsClassifier, "validation_step", refuse)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(SystemExit, match=r"MissingExtraError.*onnxscript.*lightning-obc\[onnx\]"):
+        run("export", "digits", "--trainer.callbacks=null", "--trainer.logger=false", f"--path={tmp_path}/model.onnx")
+
+
 def test_the_name_of_an_exported_file_says_its_format(run, monkeypatch, tmp_path):
     monkeypatch.setattr(DigitsClassifier, "validation_step", lambda *_: None)
     quiet = ["--trainer.callbacks=null", "--trainer.logger=false"]

@@ -30,7 +30,7 @@ from lightning_obc.export import (
     shrink,
 )
 from lightning_obc.export.compressed_tensors import CONFIG, WEIGHTS
-from lightning_obc.files import check_target
+from lightning_obc.files import check_target, require
 from lightning_obc.layers import adapter_for
 from lightning_obc.specs import Calibration
 
@@ -86,7 +86,7 @@ class ExportOptions:
     shrink: bool = False
 
     def check(self) -> None:
-        """Refuse a target that exists before anything runs."""
+        """Refuse a target that exists, and options that do not go together, before anything runs."""
         if self.format != "compressed-tensors":
             check_target(self.path, self.overwrite)
         elif not self.path.parent.is_dir() or (self.path.exists() and not self.path.is_dir()):
@@ -112,6 +112,8 @@ class ExportOptions:
                 got="shrink with format compressed-tensors",
                 expected="onnx or packed",
             )
+        for package in ("onnx", "onnxscript") if self.format == "onnx" else ():
+            require(package, "onnx")
 
 
 class ExportRun(Callback):
