@@ -85,7 +85,7 @@ def layer_runner(
 
     def runner(name: str, module: nn.Module, x: Tensor, level: Precision) -> Callable[[], Any]:
         integer = level.grid is not None and level.activations is not None
-        packed = level.grid if linear != "dequantize" and not integer and isinstance(module, nn.Linear) else None
+        packed = None if linear == "dequantize" or integer else _packed_grid(module, level.grid)
         key = name, integer, packed
         if key not in sessions:
             try:
@@ -100,6 +100,13 @@ def layer_runner(
         return sessions[key]
 
     return runner
+
+
+def _packed_grid(module: nn.Module, grid: IntGrid | None) -> IntGrid | None:
+    """The grid that a layer runs from packed codes of. One whose groups do not fit is no level that it can have."""
+    if grid is None or not isinstance(module, nn.Linear):
+        return None
+    return None if grid.group_size and module.in_features % grid.group_size else grid
 
 
 def model_runner(model: nn.Module, sample: Sample, *, threads: int = 1) -> Callable[[], Any]:

@@ -128,6 +128,15 @@ def test_linear_layers_run_from_packed_codes_where_weights_alone_are_quantized(l
     assert codes.dtype == np.uint8
 
 
+def test_a_grid_that_a_layer_cannot_have_does_not_end_the_timing() -> None:
+    """A search leaves the level out for this layer alone; its times are asked for all the same."""
+    from lightning_obc.export import layer_runner
+
+    layer, x, level = nn.Linear(100, 6), torch.randn(3, 100), Level(grid=IntGrid(4, granularity="group", group_size=32))
+    (found,) = layer_runner(linear="packed")("layer", layer, x, level)()
+    np.testing.assert_allclose(found, layer(x).detach().numpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_an_unknown_kind_of_linear_layers_is_refused() -> None:
     from lightning_obc.export import layer_runner
 
