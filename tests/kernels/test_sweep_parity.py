@@ -9,8 +9,9 @@ from functools import lru_cache
 import pytest
 import torch
 from sweep_cases import BLOCKS, MODES, Mode, agreement, assert_parity, direct_loss, in_dtype, make_problem
+from torch import Tensor
 
-from lightning_obc.kernels.obs_sweep import SweepInput, SweepOutput
+from lightning_obc.kernels.obs_sweep import SweepInput, SweepOutput, panels, sweep_prune
 
 BACKENDS = ["torch", "numba"]
 DTYPES = [torch.float32, torch.float64]
@@ -281,3 +282,18 @@ def test_inputs_are_not_changed_and_may_be_strided(mode: Mode, backend: str) -> 
     assert torch.equal(out.order, expected.order)
     for after, before in zip((strided.weight, strided.inverse, strided.hessian, strided.keep), copies, strict=True):
         assert torch.equal(after, before)
+
+
+def test_rows_with_few_columns_left_start_anew_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A restart needs memory for the columns that are free, not for all: one part of rows, where there were four."""
+    together: list[int] = []
+    part = panels._Chunk._restart_part
+
+    def counted(chunk: panels._Chunk, rows: Tensor) -> None:
+        together.append(len(rows))
+        part(chunk, rows)
+
+    monkeypatch.setattr(panels._Chunk, "_restart_part", counted)
+    problem = in_dtype(make_problem(1, 8, 512), torch.float32)
+    sweep_prune(problem, backend="torch", memory_budget=64 * 2**20)
+    assert together == [8]

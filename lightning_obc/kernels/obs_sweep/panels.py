@@ -260,7 +260,8 @@ class _Chunk:
     def _restart(self, rows: Tensor) -> None:
         """``G`` and weights of these rows from the float64 inverse of ``H`` on their free columns."""
         assert self.inverse is not None
-        each = 32 * self.dense.shape[1] ** 2
+        widest = max(self.alive.shape[1], int((~self.fixed[rows]).sum(1).max()))
+        each = 32 * widest**2 + 64 * self.dense.shape[1]
         for part in rows.split(max(1, self.plan.memory_budget // (4 * each))):
             self._restart_part(part)
         self.diagonal = torch.where(self.alive, self.inverse.diagonal(dim1=1, dim2=2), 1)
