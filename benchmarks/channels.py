@@ -1,6 +1,6 @@
 """Time the sweep over input channels on a CPU: the compiled backend beside torch's, which ``"auto"`` chooses between.
 
-    python benchmarks/channels.py --threads 1 --name channels_1core
+    python benchmarks/channels.py --threads 1 --clock cpu --name channels_1core
 
 A shape is rows × channels × kernel positions; with ``z`` behind it a third of the weights are zero already, others in
 every row, so that each row has an inverse of its own. Nothing is printed unless both backends take the same channels at

@@ -5,6 +5,7 @@ layers ─► calibration (H per layer) ─► OBS engine ─► solutions ─�
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -47,6 +48,7 @@ from lightning_obc.team import Outcome, Team, begin_together, rows_splittable
 
 # Where the stage chooses its own damping, by halves of the samples that recentring does not tell apart.
 _RECENTRING_DAMPING = 0.01
+_log = logging.getLogger(__name__)
 
 OnFailure = Literal["keep", "raise"]
 Collect = Callable[[Mapping[str, nn.Module]], Mapping[str, Hessian]]
@@ -237,13 +239,21 @@ class _StageRun:
                 solution = self._solution(layer, weight, statistic, start)
                 if self.store is not None:
                     self.store.save(problem, solution)
-            total = self.origins.error(layer.name, solution, statistic)
         except Exception as error:
             return self._kept(error, started)
+        total = self._total_error(layer.name, solution, statistic)
         if self.device is not None:
             solution = solution_on(solution, home)
         seconds = time.perf_counter() - started
         return Outcome(solution, solution.remarks, seconds, None if start is None else start.inherited, total)
+
+    def _total_error(self, name: str, solution: LayerSolution, statistic: Hessian | PairedHessian) -> float | None:
+        """A figure of the report: a device that has no memory left for it does not cost the layer."""
+        try:
+            return self.origins.error(name, solution, statistic)
+        except RuntimeError as error:
+            _log.warning("%s: its error over all stages is left out of the report: %s", name, error)
+            return None
 
     def _solution(
         self, layer: LayerPlan, weight: Tensor, statistic: Hessian | PairedHessian, start: Recentred | None

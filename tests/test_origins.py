@@ -105,3 +105,17 @@ def test_a_stage_alone_does_not_say_what_it_cannot_know() -> None:
     spec = obc.Calibration(samples=40)
     report = run_stage(model, RECIPE[1], Collector(model, [images()], spec))
     assert [row.total_error for row in report.layers] == [None] * 3
+
+
+def test_no_memory_for_the_figure_does_not_cost_the_layer(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("lightning_obc.origins.relative_error", full)
+    report = obc.compress(network(), images(), RECIPE, on_failure="raise")
+    first, last = report.stages
+    assert all(row.total_error == row.relative_error for row in first.layers)
+    assert all(row.total_error is None and row.bits == 3 for row in last.layers)
+    assert sum("left out of the report" in record.message for record in caplog.records) == len(last.layers)

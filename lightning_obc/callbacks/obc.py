@@ -122,7 +122,6 @@ class OBCCallback(Callback):
         self._module: Optional[ref[LightningModule]] = None
         self._hooks = StepHooks()
         self._averages, self._trained = Averages(), False
-        # Whether a stage has run since a Trainer was last set up.
         self.ran = False
         self._edges: Optional[Edges] = None
         self._beginning = Beginning()

@@ -171,7 +171,13 @@ def tensor_at(module: nn.Module, name: str) -> Tensor:
 
 
 def insert_tensor(graph: Graph, name: str, value: Tensor, before: Node) -> Node:
-    """Store a tensor in the graph module and read it before a node. A name in use gets a number."""
+    """Store a tensor in the graph module and read it before a node. A name in use gets a number.
+
+    A tensor that is stored already, such as the codes of a weight with several uses, is read from there.
+    """
+    if (known := _stored_name(graph, value)) is not None:
+        with graph.module.graph.inserting_before(before):
+            return graph.module.graph.get_attr(known)
     taken = {str(node.target) for node in graph.module.graph.nodes if node.op == "get_attr"}
     unique, count = name, 1
     while unique in taken or unique in dict(graph.module.named_parameters()):
@@ -179,6 +185,15 @@ def insert_tensor(graph: Graph, name: str, value: Tensor, before: Node) -> Node:
     set_buffer(graph.module, unique, value.detach())
     with graph.module.graph.inserting_before(before):
         return graph.module.graph.get_attr(unique)
+
+
+def _stored_name(graph: Graph, value: Tensor) -> str | None:
+    """The buffer that is this very tensor, not one of equal numbers."""
+    for name, buffer in graph.module.named_buffers():
+        same = buffer.dtype == value.dtype and buffer.shape == value.shape and buffer.stride() == value.stride()
+        if same and buffer.numel() and buffer.data_ptr() == value.data_ptr():
+            return name
+    return None
 
 
 def dequantize_weights(graph: Graph, stored: Mapping[str, StoredCodes]) -> None:

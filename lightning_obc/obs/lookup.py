@@ -65,7 +65,7 @@ def solve_by_rows(weight: Tensor, hessian: Hessian, solve: Solve, *, together: b
 def _measured(solution: LayerSolution, weight: Tensor, hessian: Hessian) -> LayerSolution:
     delta = solution.weight.double() - weight.double()
     loss, reference = solution.loss + row_excess(delta, hessian), solution.reference + row_excess(weight, hessian)
-    return replace(solution, loss=max(0.0, loss), reference=max(0.0, reference))
+    return replace(solution, loss=max(loss, 0.0), reference=max(reference, 0.0))
 
 
 def _classes(hessian: Hessian) -> list[Tensor]:

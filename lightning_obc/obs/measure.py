@@ -39,5 +39,5 @@ def relative_error(before: Tensor, weight: Tensor, statistic: Hessian | PairedHe
         loss, full = output_error(before, weight, statistic), statistic.before().to(before.device)
     else:
         full, delta = hessian.full().to(before.device), weight.double() - reference
-        loss = max(0.0, quadratic(delta, full) + row_excess(delta, hessian))
+        loss = max(quadratic(delta, full) + row_excess(delta, hessian), 0.0)
     return 0.0 if loss == 0 else loss / max(quadratic(reference, full) + row_excess(reference, hessian), 1e-300)

@@ -103,8 +103,8 @@ class Problem(Brief):
 
 
 def quadratic(delta: Tensor, hessian: Tensor) -> float:
-    """``½ Σ_r δ_r H δ_rᵀ`` over ``[g, R, d]`` rows, in float64."""
-    return max(0.0, float(((delta @ hessian) * delta).sum() / 2))
+    """``½ Σ_r δ_r H δ_rᵀ`` over ``[g, R, d]`` rows, in float64; rounding below zero counts as 0, NaN stays NaN."""
+    return max(float(((delta @ hessian) * delta).sum() / 2), 0.0)
 
 
 def row_losses(delta: Tensor, hessian: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def output_error(before: Tensor, weight: Tensor, paired: PairedHessian) -> float
     delta = dense - weight.double()
     mixed = float(((dense @ paired.cross.to(device)) * delta).sum())
     own = quadratic(dense, paired.difference.to(device)) + quadratic(delta, paired.hessian.full().to(device))
-    return max(0.0, own + mixed + row_excess(delta, paired.hessian))
+    return max(own + mixed + row_excess(delta, paired.hessian), 0.0)
 
 
 def against_before(solution: LayerSolution, before: Tensor, paired: PairedHessian) -> LayerSolution:

@@ -34,4 +34,7 @@ def note(stages: Iterable[Mapping[str, Any]]) -> str:
     if not unknown:
         return ""
     which = "1 layer has" if unknown == 1 else f"{unknown} layers have"
-    return f"{which} no error of all stages: training or a correction moved the weights in between."
+    return (
+        f"{which} no error of all stages: training or a correction moved the weights in between, or it could not be "
+        "computed, which the log then says."
+    )

@@ -217,6 +217,25 @@ def test_attention_blocks_and_tied_weights(kernel, tmp_path):
     assert run(path, tokens[:1]).shape == (1, 7, 50)
 
 
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(256, 256)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(torch.relu(self.shared(x)))
+
+
+@pytest.mark.parametrize("kernel", ["dequantize", "packed"])
+def test_a_weight_that_is_used_twice_is_stored_once(kernel, tmp_path):
+    torch.manual_seed(0)
+    net, path, inputs = Twice(), tmp_path / "net.onnx", torch.randn(3, 256)
+    export_onnx(net, inputs, path, solutions=compress_(net, IntGrid(4)), linear=kernel)
+    assert path.stat().st_size < 1.2 * 256 * 128 + 256 * (4 + 4 + 4) + 4096
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, inputs), net(inputs), rtol=1e-5, atol=1e-5)
+
+
 def test_packed_files_are_as_small_as_their_codes(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lightning_obc.errors import ShapeError
 from lightning_obc.hessian import Hessian, PairedHessian
 from lightning_obc.obs.measure import relative_error
+from lightning_obc.obs.problem import quadratic
 
 GROUPS, ROWS, COLUMNS, SAMPLES = 2, 3, 5, 12
 
@@ -55,3 +58,10 @@ def test_what_does_not_fit_is_refused() -> None:
     before, weight, inputs, _ = problem()
     with pytest.raises(ShapeError, match=r"\[2, R, 5\] of both"):
         relative_error(before[:1], weight, statistic(inputs))
+
+
+def test_broken_numbers_are_no_error_of_zero() -> None:
+    before, weight, inputs, _ = problem()
+    weight[0, 0, 0] = torch.nan
+    assert math.isnan(relative_error(before, weight, statistic(inputs)))
+    assert math.isnan(quadratic(weight - before, statistic(inputs).full()))

@@ -165,7 +165,7 @@ def test_the_report_says_what_refinement_brought() -> None:
     assert "refined: damped loss" in status
     assert "lower than greedy's" in status
     assert "lower on the other" in status
-    assert status in str(report)
+    assert status in report.table()
 
 
 def test_a_gain_is_told_with_what_it_is_measured_on() -> None:

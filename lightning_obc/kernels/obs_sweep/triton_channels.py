@@ -20,6 +20,7 @@ from lightning_obc.kernels.obs_sweep.triton_channel_kernels import (
     eliminate_kernel,
     start_kernel,
 )
+from lightning_obc.kernels.obs_sweep.triton_chunk import register_limit
 
 # Lines of a panel.
 LINES = 64
@@ -84,7 +85,7 @@ def _tile(size: int) -> dict[str, int]:
 
 def _options(size: int) -> dict[str, int | bool]:
     """Threads and registers of a program. Left alone, the compiler spills to make room for programs there are not."""
-    return {"num_warps": 8, "maxnreg": 128 if size <= 32 else 255, "enable_fp_fusion": True}
+    return {"num_warps": 8, "enable_fp_fusion": True} | register_limit(128 if size <= 32 else 255)
 
 
 def _grid(channels: Channels, tile: int) -> tuple[int, int]:

@@ -195,11 +195,16 @@ def _launch_panel(job: Job, chunk: Chunk, steps: int) -> None:
         COLS=tuning.tile(chunk.size),
         DEPTH=tuning.depth,
         num_warps=warps,
-        # Two programs of 256 threads share a multiprocessor. Left alone, the compiler spills to make room for a third.
-        maxnreg=128 if warps == 8 else None,
         # Contraction would give a weight that lies on its grid point an error.
         enable_fp_fusion=False,
+        # Two programs of 256 threads share a multiprocessor. Left alone, the compiler spills to make room for a third.
+        **register_limit(128 if warps == 8 else None),
     )
+
+
+def register_limit(registers: int | None) -> dict[str, int]:
+    """Options of a launch that hold the compiler to so many registers; AMD's has no such option."""
+    return {} if registers is None or torch.version.hip is not None else {"maxnreg": registers}
 
 
 def _worn_ratio(dtype: torch.dtype) -> float:
@@ -236,9 +241,9 @@ def _launch_block_panel(job: Job, chunk: Chunk, steps: int, block: int) -> None:
         PLACES=tuning.places(chunk.size, dtype.itemsize),
         DEPTH=max(1, tuning.depth // filled),
         num_warps=warps,
-        # Left alone, the compiler spills a few bytes to keep small programs within 128 or 168 registers.
-        maxnreg=255 if warps <= 2 else None,
         enable_fp_fusion=False,
+        # Left alone, the compiler spills a few bytes to keep small programs within 128 or 168 registers.
+        **register_limit(255 if warps <= 2 else None),
     )
 
 
