@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,8 +85,8 @@ def _compiled(
     gridded, masked = targets.scale is not None, targets.keep is not None
     # What is absent is never read: any array of its type and shape takes the place.
     scale, zero = (weight if part is None else part for part in (targets.scale, targets.zero_point))
-    keep = torch.empty(groups, 0, 0, dtype=torch.bool) if targets.keep is None else targets.keep
-    arrays = [part.detach().numpy() for part in (weight, errors, factor, scale, zero, keep)]
+    arrays = [part.detach().numpy() for part in (weight, errors, factor, scale, zero)]
+    arrays.append(np.empty((groups, 0, 0), np.bool_) if targets.keep is None else targets.keep.numpy())
     highest = arrays[0].dtype.type(targets.max_code)
 
     def begin() -> Callable[[int, int], None]:
