@@ -181,8 +181,11 @@ def export_onnx(
 
 
 def check_linear(linear: str) -> None:
-    """Raises:
-    ExportError: An unknown kind of linear layer."""
+    """Refuse a kind of linear layers that there is not.
+
+    Raises:
+        ExportError: So it is.
+    """
     if linear not in get_args(LinearKernel):
         raise ExportError("Unknown kind of linear layers", got=linear, expected=", ".join(get_args(LinearKernel)))
 

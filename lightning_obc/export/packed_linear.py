@@ -31,7 +31,8 @@ _WIDTHS: dict[str, tuple[int, ...]] = {"packed": (4,), "packed-int8": (4, 8)}
 _BLOCKS = (128, 64, 32, 16)
 # Attributes of the packed codes, and how their initialisers' names end.
 PARTS = {"codes": "packed", "scale": "packed_scale", "zero_point": "packed_zero_point"}
-_LEVEL = {"packed": 1, "packed-int8": 4}
+# The runtime's names for products in float32, and in integers.
+_FLOAT_LEVEL, _INT8_LEVEL = 1, 4
 _MAX_INT8 = 127
 
 
@@ -99,15 +100,17 @@ def use_packed_linear(graph: Graph, stored: Mapping[str, StoredCodes], kernel: L
         Why a weight that a linear layer uses stayed as it was, by the name of the parameter.
     """
     packed: dict[str, PackedCodes | str] = {}
+    left: dict[str, str] = {}
     operator = matmul_packed()
     for node in list(graph.module.graph.nodes):
         name = _weight_name(graph, node)
         if name is None:
             continue
         if name not in packed:
-            packed[name] = _linear_codes(node, stored[name], kernel)
+            packed[name] = PackedCodes.of(stored[name], kernel)
         codes = packed[name]
-        if isinstance(codes, str):
+        if isinstance(codes, str) or (reason := _unfit_input(node)) is not None:
+            left[name] = codes if isinstance(codes, str) else str(reason)
             continue
         parts = [insert_tensor(graph, f"{name}_{suffix}", getattr(codes, part), node) for part, suffix in PARTS.items()]
         bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
@@ -118,7 +121,7 @@ def use_packed_linear(graph: Graph, stored: Mapping[str, StoredCodes], kernel: L
         node.replace_all_uses_with(new)
         graph.module.graph.erase_node(node)
     graph.module.graph.lint()
-    return {name: codes for name, codes in packed.items() if isinstance(codes, str)}
+    return left
 
 
 def _weight_name(graph: Graph, node: Node) -> str | None:
@@ -128,12 +131,13 @@ def _weight_name(graph: Graph, node: Node) -> str | None:
     return graph.weights.get(node.args[1])
 
 
-def _linear_codes(node: Node, stored: StoredCodes, kernel: LinearKernel) -> PackedCodes | str:
+def _unfit_input(node: Node) -> str | None:
+    """Why the operator cannot take the input of this use of a weight."""
     source = node.args[0]
     value = source.meta.get("val") if isinstance(source, Node) else None
     if isinstance(value, Tensor) and (value.dtype != torch.float32 or value.dim() < 2):
         return f"its input is {value.dtype} with {value.dim()} dimensions; the operator is exported for float32 rows"
-    return PackedCodes.of(stored, kernel)
+    return None
 
 
 def _full(part: Tensor, stored: StoredCodes) -> Tensor:
@@ -201,17 +205,7 @@ def matmul_packed() -> Callable[..., Tensor]:
         return F.linear(rounded_inputs(x, block) if integer else x, weight, bias)
 
     @product.register_fake
-    def _(
-        x: Tensor,
-        codes: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        bias: Optional[Tensor],
-        columns: int,
-        block: int,
-        bits: int,
-        integer: bool,
-    ) -> Tensor:
+    def _(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], len(codes)))
 
     operator: Callable[..., Tensor] = getattr(torch.ops, NAMESPACE).matmul_packed.default
@@ -234,7 +228,7 @@ def matmul_translation() -> dict[Callable[..., Any], Callable[..., Any]]:
         integer: bool,
     ) -> Any:
         inputs = (x, codes, scale, zero_point) if bias is None else (x, codes, scale, zero_point, None, bias)
-        level = _LEVEL["packed-int8" if integer else "packed"]
+        level = _INT8_LEVEL if integer else _FLOAT_LEVEL
         return node(*inputs, K=columns, N=codes.shape[0], bits=bits, block_size=block, accuracy_level=level)
 
     return {matmul_packed(): product}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_obc.kernels import column_elimination
 from lightning_obc.kernels.column_elimination import Targets, fix_columns
-from lightning_obc.kernels.column_elimination.fix import _torch
+from lightning_obc.kernels.column_elimination.fix import _compiled, _torch
 
 
 def problem(groups: int, columns: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ def test_the_compiled_steps_have_the_bits_of_torch(dtype, kind, groups, columns,
     start, factor = problem(groups, columns, rows, dtype)
     targets, first, last = targets_of(start, kind), columns // 4, max(1, 3 * columns // 4)
     found = []
-    for call in (_torch, fix_columns):
+    for call in (_torch, _compiled):
         weight, errors = start.clone(), torch.full_like(start[:, first:last], -1.0)
         middle = (first + last) // 2
         for part in ((first, middle), (middle, last)):
@@ -47,6 +47,20 @@ def test_the_compiled_steps_have_the_bits_of_torch(dtype, kind, groups, columns,
     weight, errors = found[1]
     assert torch.equal(weight[:, last:], start[:, last:])
     assert bool((errors != -1.0).all())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "chosen"),
+    [(torch.float32, "_compiled"), (torch.float64, "_compiled"), (torch.bfloat16, "_torch")],
+    ids=str,
+)
+def test_a_cpu_takes_the_compiled_steps(dtype, chosen, monkeypatch):
+    taken = []
+    for name in ("_compiled", "_torch"):
+        monkeypatch.setattr(column_elimination.fix, name, lambda *_, name=name: taken.append(name))
+    weight = torch.zeros(1, 2, 3, dtype=dtype)
+    fix_columns(weight, weight.clone(), torch.eye(2, dtype=dtype)[None], Targets(), 0, (0, 2), 2)
+    assert taken == [chosen]
 
 
 def test_threads_change_no_bit(monkeypatch):
